@@ -1,0 +1,150 @@
+"""ConvNeXt V2 (arXiv 2301.00808), the dense network for fine-tuning and evaluation.
+
+Shapes: N images, C channels, H x W sites. Tensors are (N, C, H, W) outside and channels last in memory throughout.
+"""
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+from models.utils import GRN, LayerNorm, depthwise_conv, init_weights
+
+# Table 9 of the paper: blocks and channels of the four stages
+SIZES = {
+    "convnextv2_atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
+    "convnextv2_femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384)),
+    "convnextv2_pico": dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512)),
+    "convnextv2_nano": dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640)),
+    "convnextv2_tiny": dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+    "convnextv2_base": dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    "convnextv2_large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+    "convnextv2_huge": dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
+}
+
+
+class Block(nn.Module):
+    """ConvNeXt V2 block (figure 5): depthwise 7x7, LayerNorm, MLP with GELU and GRN, residual. (N, C, H, W) -> the same."""
+
+    def __init__(self, dim, drop_path=0.0):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = LayerNorm(dim)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.grn = GRN(4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def mlp(self, x):
+        """All that follows the depthwise convolution, site by site but for GRN: (N, ..., C) -> (N, ..., C)."""
+        return self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(x)))))
+
+    def forward(self, x):
+        y = depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
+        y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.drop_path(y)
+
+
+def make_downsample_layers(in_chans, dims, stem_stride):
+    """The stem, a non-overlapping convolution, and the three 2x2 stride-2 convolutions before the later stages."""
+    layers = nn.ModuleList(
+        [
+            nn.Sequential(
+                nn.Conv2d(in_chans, dims[0], kernel_size=stem_stride, stride=stem_stride),
+                LayerNorm(dims[0], data_format="channels_first"),
+            )
+        ]
+    )
+    for dim, next_dim in zip(dims[:-1], dims[1:], strict=True):
+        layers.append(
+            nn.Sequential(
+                LayerNorm(dim, data_format="channels_first"),
+                nn.Conv2d(dim, next_dim, kernel_size=2, stride=2),
+            )
+        )
+    return layers
+
+
+def make_stages(block, depths, dims, drop_path_rate):
+    """The four stages of `block(dim, drop_path)`; the drop path rate rises linearly from 0 over all blocks."""
+    rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+    return nn.ModuleList(
+        nn.Sequential(*(block(dim, drop_path=next(rates)) for _ in range(depth)))
+        for depth, dim in zip(depths, dims, strict=True)
+    )
+
+
+class ConvNeXtV2(nn.Module):
+    """ConvNeXt V2 classifier: images (N, in_chans, H, W) -> logits (N, num_classes).
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: width of the head.
+        depths, dims: blocks and channels of the four stages.
+        drop_path_rate: drop path rate of the last block, rising linearly from 0 at the first.
+        head_init_scale: factor on the initial weights and bias of the head.
+        stem_stride: side of the stem's square pixels-to-site patches; the total stride is 8 times that.
+    """
+
+    def __init__(
+        self,
+        in_chans=3,
+        num_classes=1000,
+        depths=(3, 3, 9, 3),
+        dims=(96, 192, 384, 768),
+        drop_path_rate=0.0,
+        head_init_scale=1.0,
+        stem_stride=4,
+    ):
+        super().__init__()
+        self.depths = tuple(depths)
+        self.downsample_layers = make_downsample_layers(in_chans, dims, stem_stride)
+        self.stages = make_stages(Block, depths, dims, drop_path_rate)
+        self.norm = LayerNorm(dims[-1])
+        self.head = nn.Linear(dims[-1], num_classes)
+        self.apply(init_weights)
+        with torch.no_grad():
+            self.head.weight.mul_(head_init_scale)
+            self.head.bias.mul_(head_init_scale)
+
+    def forward_features(self, x):
+        """(N, in_chans, H, W) -> pooled, normalised features (N, C)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+        return self.norm(x.mean((2, 3)))
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+
+def convnextv2_atto(**kwargs):
+    return ConvNeXtV2(**SIZES["convnextv2_atto"], **kwargs)
+
+
+def convnextv2_femto(**kwargs):
+    return ConvNeXtV2(**SIZES["convnextv2_femto"], **kwargs)
+
+
+def convnextv2_pico(**kwargs):
+    return ConvNeXtV2(**SIZES["convnextv2_pico"], **kwargs)
+
+
+def convnextv2_nano(**kwargs):
+    return ConvNeXtV2(**SIZES["convnextv2_nano"], **kwargs)
+
+
+def convnextv2_tiny(**kwargs):
+    return ConvNeXtV2(**SIZES["convnextv2_tiny"], **kwargs)
+
+
+def convnextv2_base(**kwargs):
+    return ConvNeXtV2(**SIZES["convnextv2_base"], **kwargs)
+
+
+def convnextv2_large(**kwargs):
+    return ConvNeXtV2(**SIZES["convnextv2_large"], **kwargs)
+
+
+def convnextv2_huge(**kwargs):
+    return ConvNeXtV2(**SIZES["convnextv2_huge"], **kwargs)

@@ -1,0 +1,56 @@
+"""The plain way to compute FCMAE's encoder: a dense network that masks every activation. The reference for the others.
+
+This is how SparK, ports to mobile frameworks and the original's JAX code do it, done right: removed sites are zero
+before each depthwise convolution, LayerNorm's bias may not refill them, and GRN's norm skips them. It computes every
+site, in (N, C, H, W) throughout, and shares only the parameters with the project's encoder.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def layer_norm(norm, x):
+    """LayerNorm over the channels of (N, C, H, W)."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, 1e-6).permute(0, 3, 1, 2)
+
+
+class DenseMasked(nn.Module):
+    """The encoder's parameters run densely: imgs (N, in_chans, H, W), mask (N, L) -> latent (N, C, h, w).
+
+    encoder: a `SparseConvNeXtV2`, whose parameters are used, not copied.
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.downsample_layers = encoder.downsample_layers
+        self.stages = encoder.stages
+
+    def forward(self, imgs, mask, num_visible=None):
+        stem = self.downsample_layers[0][0]
+        h, w = (size // (8 * stem.stride[0]) for size in imgs.shape[2:])
+        keep = 1 - mask.view(-1, 1, h, w).to(imgs.dtype)
+        x = imgs
+        for i, (layers, blocks) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            visible = keep.repeat_interleave(8 >> i, dim=2).repeat_interleave(8 >> i, dim=3)  # (N, 1, H, W)
+            for layer in layers:
+                conv = isinstance(layer, nn.Conv2d)
+                x = F.conv2d(x, layer.weight, layer.bias, layer.stride) if conv else layer_norm(layer, x)
+            x = x * visible
+            for block in blocks:
+                x = self.block(block, x, visible)
+        return x
+
+    @staticmethod
+    def block(block, x, visible):
+        dim = x.shape[1]
+        y = F.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=dim) * visible
+        y = layer_norm(block.norm, y)
+        y = F.conv2d(y, block.pwconv1.weight.view(4 * dim, dim, 1, 1), block.pwconv1.bias)
+        y = F.gelu(y) * visible
+        norm = torch.sqrt((y * y).sum((2, 3), keepdim=True))  # (N, 4C, 1, 1), over visible sites as the others are 0
+        response = norm / (norm.mean(1, keepdim=True) + 1e-6)
+        gamma, beta = (p.view(1, -1, 1, 1) for p in (block.grn.gamma, block.grn.beta))
+        y = gamma * (y * response) + beta + y
+        y = F.conv2d(y, block.pwconv2.weight.view(dim, 4 * dim, 1, 1), block.pwconv2.bias)
+        return (x + y) * visible
