@@ -1,6 +1,267 @@
-"""What every script needs: distributed set-up, meters, learning-rate schedule, checkpoints, flag files, errors."""
+"""What every script needs: flags and errors, distributed set-up, seeds, the learning rate, checkpoints.
 
+An output folder:
+
+    output_dir/
+        checkpoint-9.pth        epoch 9 is done; the --save_ckpt_num newest are kept
+        checkpoint-10-400.pth   400 optimizer steps of epoch 10 are done (--save_ckpt_steps); as many are kept
+        log.txt                 one JSON object an epoch
+        events.out.tfevents.*   TensorBoard
+        reconstruction-0009.png
+"""
+
+import argparse
+import math
+import os
+import pickle
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import torch
+import torch.distributed as dist
+
+CHECKPOINT_FORMAT = 1
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------- flags and errors
+
+
+class UserError(Exception):
+    """A person's mistake: told in one line saying what was given and what is accepted, exit status 2, no traceback."""
+
+
+class TrainingError(Exception):
+    """The run cannot go on, through nobody's typing error: told in one line, exit status 1, no traceback."""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An `ArgumentParser` with defaults in its help, flag files (`@recipes/NAME.args`) and no abbreviated flags.
+
+    A flag file holds flags as on the command line, on any number of lines; # begins a comment. Later flags win.
+    """
+
+    def __init__(self, *args, **kwargs):
+        kwargs = {
+            "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+            "fromfile_prefix_chars": "@",
+            "allow_abbrev": False,
+        } | kwargs
+        super().__init__(*args, **kwargs)
+
+    def convert_arg_line_to_args(self, arg_line):
+        return shlex.split(arg_line, comments=True)
+
+
+def str2bool(text):
+    """Argument type of the flags that take true or false."""
+    if text.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def run_script(main, parser):
+    """Parse the command line and call main(args); ends the process with status 2 or 1 on `UserError`, `TrainingError`."""
+    args = parser.parse_args()
+    try:
+        main(args)
+    except (UserError, TrainingError) as error:
+        sys.stdout.flush()
+        if is_main_process():
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def log(*words):
+    """Print a line at once, on the main process only."""
+    if is_main_process():
+        print(*words, flush=True)
+
+
+# ---------------------------------------------------------------- distributed
+
+
+def get_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process():
+    return get_rank() == 0
+
+
+def init_distributed_mode(args):
+    """Join the other processes of torchrun, torch.distributed.launch or (--dist_on_itp) Open MPI, if there are any.
+
+    Sets args.distributed, args.rank, args.world_size and args.local_rank.
+    """
+    env = os.environ
+    args.rank, args.distributed = 0, False
+    if args.dist_on_itp:
+        args.rank, args.world_size = int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"])
+        args.local_rank = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
+        args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        args.local_rank = int(env.get("LOCAL_RANK", max(args.local_rank, 0)))
+    else:
+        return
+    args.distributed = True
+    backend = "gloo"
+    if args.device.startswith("cuda"):
+        backend = "nccl"
+        torch.cuda.set_device(args.local_rank)
+        args.device = f"cuda:{args.local_rank}"
+    dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+
+
+# ---------------------------------------------------------------- randomness, a function of its key
+
+
+def derive_seed(*key):
+    """A 64-bit seed from non-negative integers, such as (seed, epoch, sample index): no two keys share a stream."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+# ---------------------------------------------------------------- learning rate
+
+
+def adjust_learning_rate(optimizer, epoch, args):
+    """Set and return the learning rate at a point in training: linear warm-up, then half a cosine down to args.min_lr.
+
+    epoch: epochs done, with a fraction. Parameter groups with an `lr_scale` get that part of it.
+    """
+    if epoch < args.warmup_epochs:
+        lr = args.lr * epoch / args.warmup_epochs
+    else:
+        progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+        lr = args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def write_whole(path, write):
+    """Call write(file) such that `path` is at every instant the old file or the new one, whole, even if power fails."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too
+        os.close(folder)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def checkpoint_order(path):
+    """(epochs done, steps done after them) from a checkpoint's name, or None for another file."""
+    match = re.fullmatch(r"checkpoint-(\d+)(?:-(\d+))?\.pth", Path(path).name)
+    if match is None:
+        return None
+    epoch, step = match.groups()
+    return (int(epoch) + 1, 0) if step is None else (int(epoch), int(step))
+
+
+def list_checkpoints(output_dir):
+    """The checkpoints of a run, newest first."""
+    paths = [path for path in Path(output_dir).glob("checkpoint-*.pth") if checkpoint_order(path)]
+    return sorted(paths, key=checkpoint_order, reverse=True)
+
+
+def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, model_ema=None, step=None, **progress):
+    """Write output_dir/checkpoint-EPOCH.pth, or checkpoint-EPOCH-STEP.pth within an epoch, and delete the oldest ones.
+
+    epoch: the epoch that is done, or under way if `step` is given. progress: what else the run needs to go on.
+    Only the main process writes. Raises OSError if that fails; the earlier checkpoints are then all still there.
+    """
+    if not is_main_process():
+        return
+    folder = Path(args.output_dir)
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "model": model_without_ddp.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": loss_scaler.state_dict(),
+        "epoch": epoch + 1 if step is None else epoch,
+        "step": step or 0,
+        "args": dict(vars(args)),
+    } | progress
+    if model_ema is not None:
+        checkpoint["model_ema"] = model_ema.state_dict()
+    name = f"checkpoint-{epoch}.pth" if step is None else f"checkpoint-{epoch}-{step}.pth"
+    try:
+        write_whole(folder / name, lambda file: torch.save(checkpoint, file))
+    except RuntimeError as error:  # torch's own words for a failed write
+        raise OSError(f"{folder / name}: {error}") from error
+    of_this_kind = [path for path in list_checkpoints(folder) if (checkpoint_order(path)[1] == 0) == (step is None)]
+    for path in of_this_kind[args.save_ckpt_num :]:
+        path.unlink()
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint file, of ours or of the original. Raises UserError if it cannot be read whole."""
+    try:
+        # The original pickles its flags as a Namespace: that one class is let through, nothing else.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise UserError(f"{path}: not a whole checkpoint; accepted are files that torch.save wrote, uncut") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__}; accepted is a dict of weights")
+    return checkpoint
+
+
+def newest_checkpoint(output_dir):
+    """The newest checkpoint of a run that loads, and its path; (None, None) if there is none. Names those passed over."""
+    for path in list_checkpoints(output_dir):
+        try:
+            return load_checkpoint(path), path
+        except UserError as error:
+            log(f"{error}. Passed over: the one before it is taken.")
+    return None, None
+
+
+def load_weights(model, checkpoint, path):
+    """Load the "model" of a checkpoint, ours or one of the original's Minkowski training.
+
+    Raises UserError, naming the first differences, if it is of another model.
+    """
+    state = remap_checkpoint_keys(checkpoint.get("model", checkpoint))
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is not of this model" for name in state if name not in own]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if wrong:
+        raise UserError(f"{path}: a checkpoint of another model: {'; '.join(wrong[:3])}; {len(wrong)} differences in all")
+    model.load_state_dict(state)
 
 
 def remap_checkpoint_keys(state):

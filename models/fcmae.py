@@ -145,6 +145,35 @@ class FCMAE(nn.Module):
         return self.unpatchify(patches, tuple(size // self.patch_size for size in imgs.shape[2:]))
 
 
+def from_state_dict(state, norm_pix_loss=True):
+    """The FCMAE that a state dict (dense names) was taken from, of any size, with its weights.
+
+    Raises ValueError, naming what is missing, if it is not of an encoder with a decoder.
+    """
+    needed = ("encoder.downsample_layers.0.0.weight", "proj.weight", "mask_token", "pred.weight")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}: accepted is an FCMAE with its decoder")
+    stem = state["encoder.downsample_layers.0.0.weight"]  # (C, in_chans, stride, stride)
+
+    def depth(prefix):
+        return len([name for name in state if name.startswith(prefix) and name.endswith(".dwconv.weight")])
+
+    patch_size = 8 * stem.shape[-1]
+    model = FCMAE(
+        img_size=patch_size,
+        in_chans=stem.shape[1],
+        depths=[depth(f"encoder.stages.{stage}.") for stage in range(4)],
+        dims=[len(stem), *(len(state[f"encoder.downsample_layers.{stage}.1.weight"]) for stage in (1, 2, 3))],
+        decoder_depth=depth("decoder."),
+        decoder_embed_dim=len(state["proj.weight"]),
+        patch_size=patch_size,
+        norm_pix_loss=norm_pix_loss,
+    )
+    model.load_state_dict(state)
+    return model
+
+
 def encoder_class(sparse_backend):
     """The encoder of that name. Raises ValueError for another name, ImportError where MinkowskiEngine is missing."""
     if sparse_backend == "packed":

@@ -1,0 +1,264 @@
+"""FCMAE pre-training of ConvNeXt V2 on a folder of images.
+
+    python main_pretrain.py @recipes/demo_digits.args --output_dir output/digits      # a demo, on any machine
+    python main_pretrain.py --data_path IMAGES --output_dir OUTPUT                    # one GPU, or the CPU
+    torchrun --nproc_per_node=8 main_pretrain.py @recipes/pretrain_base.args --data_path IMAGES --output_dir OUTPUT
+
+Run the same command again to go on after a stop of any kind.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+import datasets
+import hooks
+import utils
+from engine_pretrain import train_one_epoch
+from models import fcmae
+from models.convnextv2 import SIZES
+from optim_factory import get_parameter_groups
+from utils import UserError, log, str2bool
+
+
+def get_args_parser():
+    parser = utils.FlagParser(add_help=False)
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", default=64, type=int, help="images per process and forward pass")
+    group.add_argument("--epochs", default=800, type=int, help="passes over the images")
+    group.add_argument("--warmup_epochs", default=40, type=int, help="epochs over which the rate rises linearly from 0")
+    group.add_argument(
+        "--update_freq", default=1, type=int, help="forward passes per optimizer step, to accumulate their gradients"
+    )
+    group.add_argument("--seed", default=0, type=int, help="decides weights, order, augmentation and masks")
+    group.add_argument("--start_epoch", default=0, type=int, help="first epoch, counted from 0, of a new run")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="convnextv2_base", metavar="NAME", help=f"one of {', '.join(SIZES)}")
+    group.add_argument(
+        "--input_size", default=224, type=int, nargs="+", metavar="PIXELS", help="side of the images, or height and width"
+    )
+    group.add_argument("--in_chans", default=3, type=int, help="channels of the images: 1 reads grey, 3 RGB, 4 RGBA")
+    group.add_argument(
+        "--stem_stride", default=4, type=int, choices=(1, 2, 4), help="pixels of a site; the mask unit is 8 times that"
+    )
+    group.add_argument("--mask_ratio", default=0.6, type=float, help="part of the patches that is removed")
+    group.add_argument(
+        "--norm_pix_loss",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="predict pixels normalised per patch",
+    )
+    group.add_argument("--decoder_depth", default=1, type=int, help="blocks of the decoder")
+    group.add_argument("--decoder_embed_dim", default=512, type=int, help="channels of the decoder")
+    group.add_argument(
+        "--sparse_backend",
+        default="packed",
+        choices=("packed", "minkowski"),
+        help="sparse convolutions in plain PyTorch, or by MinkowskiEngine",
+    )
+
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--lr", default=None, type=float, help="peak learning rate; None: blr x effective batch size / 256")
+    group.add_argument("--blr", default=1.5e-4, type=float, help="base learning rate, per 256 images")
+    group.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end")
+    group.add_argument("--weight_decay", default=0.05, type=float, help="of weights, not of norms, biases, GRN, mask token")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_set", default="image_folder", choices=("image_folder", "DIGITS"), help="DIGITS comes with scikit-learn"
+    )
+    group.add_argument(
+        "--data_path", default=None, metavar="FOLDER", help="folder of images, nested or flat; its train/ if it has one"
+    )
+    group.add_argument("--num_workers", default=10, type=int, help="loader processes, at most one a core; 0: none")
+    group.add_argument("--pin_mem", default=True, type=str2bool, help="page-locked batches, faster to copy to a GPU")
+    group.add_argument("--max_bad_images", default=100, type=int, help="unreadable images at which a process gives up")
+
+    group = parser.add_argument_group("speed")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
+    group.add_argument("--use_amp", default=False, type=str2bool, help="automatic mixed precision")
+    group.add_argument("--amp_dtype", default="bfloat16", choices=tuple(utils.AMP_DTYPES), help="its type")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+
+    group = parser.add_argument_group("checkpoints and logs")
+    group.add_argument("--output_dir", default="", metavar="FOLDER", help="for all that is written; empty: nothing is")
+    group.add_argument("--log_dir", default=None, metavar="FOLDER", help="for TensorBoard; None: the output folder")
+    group.add_argument("--save_ckpt", default=True, type=str2bool, help="write checkpoints")
+    group.add_argument("--save_ckpt_freq", default=1, type=int, help="epochs between checkpoints")
+    group.add_argument("--save_ckpt_steps", default=0, type=int, help="steps between those within an epoch; 0: none")
+    group.add_argument("--save_ckpt_num", default=3, type=int, help="checkpoints kept, of each of the two kinds")
+    group.add_argument(
+        "--auto_resume", default=True, type=str2bool, help="go on from the newest checkpoint in the output folder"
+    )
+    group.add_argument(
+        "--resume", default="", metavar="FILE", help="checkpoint to start from where the output folder has none"
+    )
+    group.add_argument("--print_freq", default=20, type=int, help="steps between log lines")
+    group.add_argument("--picture_freq", default=10, type=int, help="epochs between pictures of reconstructions; 0: none")
+
+    group = parser.add_argument_group("distributed (torchrun and other launchers set these)")
+    group.add_argument("--world_size", default=1, type=int, help="number of processes")
+    group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="number of this process on its machine")
+    group.add_argument("--dist_on_itp", default=False, type=str2bool, help="ranks from Open MPI's environment")
+    group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    return parser
+
+
+def check_args(args):
+    """Complete the flags, or raise UserError for those that cannot work, before anything is loaded."""
+    sizes = [args.input_size] if isinstance(args.input_size, int) else args.input_size
+    unit = 8 * args.stem_stride
+    if len(sizes) > 2 or any(size < unit or size % unit for size in sizes):
+        raise UserError(
+            f"--input_size {' '.join(map(str, sizes))}: must be one or two multiples of {unit} (8 x --stem_stride)"
+        )
+    args.input_size = (sizes[0], sizes[-1])
+    args.num_patches = (sizes[0] // unit) * (sizes[-1] // unit)
+    if args.model not in SIZES:
+        raise UserError(f"--model {args.model}: must be one of {', '.join(SIZES)}")
+    if not 0 < int(args.num_patches * (1 - args.mask_ratio)) < args.num_patches:
+        raise UserError(
+            f"--mask_ratio {args.mask_ratio}: must be between 0 and 1 and leave 1 to {args.num_patches - 1} "
+            f"of the {args.num_patches} patches"
+        )
+    for name in "batch_size epochs update_freq in_chans decoder_embed_dim save_ckpt_freq save_ckpt_num print_freq".split():
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in "warmup_epochs seed start_epoch num_workers max_bad_images save_ckpt_steps picture_freq".split():
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 0")
+    if args.data_set == "image_folder" and args.data_path is None:
+        raise UserError("--data_path: give a folder of images, or --data_set DIGITS")
+    if args.data_set == "DIGITS" and args.in_chans not in datasets.COLOUR_MODES:
+        raise UserError(f"--in_chans {args.in_chans}: DIGITS can be read with {', '.join(map(str, datasets.COLOUR_MODES))}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: no CUDA GPU is visible; --device cpu works")
+
+
+def prepare_output(args):
+    """Make the output folder. Raises UserError if nothing can be written there, or if it holds another run's work."""
+    if not args.output_dir:
+        return log("no --output_dir: neither checkpoints nor logs will be written")
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir}: cannot be written: {error.strerror}") from None
+    if not args.auto_resume and utils.list_checkpoints(args.output_dir):
+        raise UserError(
+            f"--output_dir {args.output_dir}: holds the checkpoints of a run; name another folder, or --auto_resume true"
+        )
+
+
+def build_model(args):
+    try:
+        return fcmae.__dict__[args.model](
+            img_size=args.input_size,
+            in_chans=args.in_chans,
+            decoder_depth=args.decoder_depth,
+            decoder_embed_dim=args.decoder_embed_dim,
+            patch_size=8 * args.stem_stride,
+            mask_ratio=args.mask_ratio,
+            norm_pix_loss=args.norm_pix_loss,
+            sparse_backend=args.sparse_backend,
+        )
+    except ImportError as error:
+        raise UserError(str(error)) from None
+
+
+def resume(args, state):
+    """Go on from the newest whole checkpoint in the output folder, else start from --resume, else from nothing."""
+    checkpoint, path = utils.newest_checkpoint(args.output_dir) if args.output_dir else (None, None)
+    if checkpoint is None and args.resume:
+        checkpoint, path = utils.load_checkpoint(args.resume), args.resume
+    if checkpoint is None:
+        return
+    utils.load_weights(state.model, checkpoint, path)
+    if checkpoint.get("format") is None:
+        return log(f"weights from {path}, which another program wrote: training starts at epoch {args.start_epoch}")
+    if checkpoint["step"] and checkpoint["effective_batch_size"] != args.effective_batch_size:
+        raise UserError(
+            f"{path}: was saved within an epoch at an effective batch size of {checkpoint['effective_batch_size']}; "
+            f"it can only go on with the same, not {args.effective_batch_size}"
+        )
+    state.restore(checkpoint)
+    for name, value in checkpoint["args"].items():
+        if name in RUN_FLAGS and getattr(args, name) != value:
+            log(f"changed since {path}: --{name} {value} -> {getattr(args, name)}")
+    log(f"goes on from {path}: epoch {state.epoch}, step {state.step}")
+
+
+# Flags that decide a run's numbers: a resumed run says if they changed.
+RUN_FLAGS = (
+    "epochs warmup_epochs seed mask_ratio norm_pix_loss lr min_lr weight_decay data_set data_path "
+    "input_size use_amp amp_dtype effective_batch_size"
+).split()
+
+
+def build_hooks(args, dataset):
+    observers = [hooks.LossReader(args.print_freq), hooks.UnreadableImages(args.max_bad_images)]
+    observers.append(hooks.Console(args.print_freq))
+    if args.output_dir:
+        observers.append(hooks.LogFile(args.output_dir))
+    if args.log_dir or args.output_dir:
+        observers.append(hooks.TensorBoard(args.log_dir or args.output_dir, args.print_freq))
+    if args.output_dir and args.picture_freq:
+        observers.append(hooks.Reconstructions(dataset, args.output_dir, args.picture_freq))
+    if args.output_dir and args.save_ckpt:
+        observers.append(hooks.Checkpointer())  # last: what it keeps has been logged
+    return hooks.Hooks(observers)
+
+
+def main(args):
+    check_args(args)
+    utils.init_distributed_mode(args)
+    args.effective_batch_size = args.batch_size * args.update_freq * utils.get_world_size()
+    if args.lr is None:
+        args.lr = args.blr * args.effective_batch_size / 256
+    prepare_output(args)
+
+    # data
+    images = datasets.build_pretrain_images(args)
+    dataset = datasets.PretrainDataset(images, args.input_size, args.num_patches, args.seed)
+    loader, sampler = datasets.build_pretrain_loader(dataset, args)
+
+    # model and optimizer
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    model = model_without_ddp = build_model(args).to(args.device)
+    optimizer = torch.optim.AdamW(get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler(args.device, enabled=args.use_amp and args.amp_dtype == "float16")
+    state = hooks.RunState(args, model_without_ddp, optimizer, scaler, sampler.steps_per_epoch)
+    resume(args, state)
+    if args.compile:
+        model = torch.compile(model)
+    if args.distributed:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+
+    # configuration
+    for name, value in sorted(vars(args).items()):
+        log(f"  {name}: {value}")
+    log(
+        f"{args.model}: {state.n_parameters / 1e6:.1f} M parameters with the decoder; {len(images)} images, "
+        f"{sampler.steps_per_epoch} steps of {args.effective_batch_size} an epoch; learning rate up to {args.lr:.2e}"
+    )
+
+    # training
+    observers = build_hooks(args, dataset)
+    observers("on_start", state)
+    while state.epoch < args.epochs:
+        sampler.set_position(state.epoch, state.step)
+        observers("on_epoch_start", state)
+        train_one_epoch(model, loader, optimizer, scaler, state, observers, args)
+        observers("on_epoch_end", state)
+        state.end_epoch()
+    observers("on_end", state)
+
+
+if __name__ == "__main__":
+    utils.run_script(main, utils.FlagParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]))

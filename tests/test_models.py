@@ -1,0 +1,446 @@
+"""What the models promise: the original's numbers, nothing of a removed patch seen, one set of weights for every variant.
+
+The references are independent: files written by the original code, MinkowskiEngine, a dense masked network, timm,
+PyTorch's own derivatives, numpy. Parameters are random throughout, so that no term hides behind a zero.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+from models import convnextv2, fcmae
+from models.convnextv2 import SIZES, ConvNeXtV2
+from models.convnextv2_sparse import SparseConvNeXtV2, count_visible
+from models.fcmae import FCMAE
+from models.utils import GRN, depthwise_conv
+from tools.dense_masked import DenseMasked
+from utils import remap_checkpoint_keys
+
+TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def randomise(model):
+    """The model with every parameter random, GRN, biases and norms too, such that activations stay near 1."""
+    for name, p in model.named_parameters():
+        vector = p.numel() == max(p.shape)  # norms, biases, GRN, mask token; the others are scaled by their fan-in
+        mean = 1.0 if p.ndim == 1 and name.endswith("weight") else 0.0
+        nn.init.normal_(p, mean, 0.3 if vector else p[0].numel() ** -0.5)
+    return model
+
+
+def make_fcmae(grid=(4, 4), patch_size=32, **kwargs):
+    """A narrow FCMAE with random parameters for images of grid (h, w) patches."""
+    img_size = tuple(patch_size * side for side in grid)
+    return randomise(FCMAE(img_size, patch_size=patch_size, decoder_embed_dim=16, **TINY | kwargs))
+
+
+def make_batch(model, n=2, dtype=torch.float32):
+    """Random images (n, in_chans, H, W), and noise (n, L) that makes each image another mask."""
+    height, width = model.img_size
+    imgs = torch.randn(n, model.in_chans, height, width, dtype=dtype)
+    return imgs, torch.rand(n, height * width // model.patch_size**2, dtype=dtype)
+
+
+def run(model, imgs, noise):
+    """What a training step computes, by name: latent, loss, pred and the gradient of every parameter."""
+    latent, mask = model.forward_encoder(imgs, model.mask_ratio, noise)
+    pred = model.forward_decoder(latent, mask)
+    loss = model.forward_loss(imgs, pred, mask)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    named = {name: grad for (name, _), grad in zip(model.named_parameters(), grads, strict=True)}
+    return {"latent": latent, "loss": loss, "pred": pred} | named
+
+
+def gap(x, reference):
+    """Largest difference, relative to the reference's largest value."""
+    assert x.shape == reference.shape
+    return ((x - reference).abs().max() / reference.abs().max()).item()
+
+
+def assert_close(results, reference, tolerance):
+    """Two dicts of tensors hold the same names, and values within a relative tolerance."""
+    assert results.keys() == reference.keys()
+    gaps = {name: gap(value, reference[name]) for name, value in results.items()}
+    assert not (wrong := {name: value for name, value in gaps.items() if not value <= tolerance}), wrong
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---- The encoder computes the original's submanifold sparse convolution
+
+
+def test_weights_outputs_and_gradients_are_those_of_the_original():
+    with safe_open(Path(__file__).with_name("fcmae_minkowski.safetensors"), "pt") as file:
+        meta, saved = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    state, grads = (
+        remap_checkpoint_keys({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
+        for prefix in ("state.", "grad.")
+    )
+    model = FCMAE(
+        int(meta["size"]),
+        depths=json.loads(meta["depths"]),
+        dims=json.loads(meta["dims"]),
+        decoder_embed_dim=int(meta["decoder_embed_dim"]),
+        norm_pix_loss=True,
+    )
+    model.load_state_dict(state, strict=True)
+
+    latent = model.encoder(saved["imgs"], saved["mask"])
+    pred = model.forward_decoder(latent, saved["mask"])
+    loss = model.forward_loss(saved["imgs"], pred, saved["mask"])
+    loss.backward()
+
+    torch.testing.assert_close(latent, saved["latent"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(pred, saved["pred"], rtol=0, atol=2e-6)
+    assert abs(loss.item() - saved["loss"].item()) <= 1e-6
+    assert_close({name: p.grad for name, p in model.named_parameters()}, grads, 1e-5)
+
+
+@pytest.mark.parametrize(("n", "grid"), [(1, (4, 4)), (3, (4, 4)), (3, (2, 3))])
+def test_packed_equals_minkowski_engine(n, grid):
+    pytest.importorskip("models.convnextv2_minkowski", exc_type=ImportError)
+    packed, minkowski = (make_fcmae(grid, sparse_backend=backend).double() for backend in ("packed", "minkowski"))
+    packed.load_state_dict(minkowski.state_dict(), strict=True)
+    minkowski.load_state_dict(packed.state_dict(), strict=True)
+    batch = make_batch(packed, n, torch.float64)
+    assert_close(run(packed, *batch), run(minkowski, *batch), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "in_chans", "patch_size", "mask_ratio"),
+    [
+        ("atto", (4, 4), 3, 32, 0.6),
+        ("atto", (4, 6), 1, 8, 0.25),
+        ("atto", (6, 4), 5, 16, 0.9),
+        ("nano", (4, 4), 1, 16, 0.9),
+        ("nano", (3, 2), 3, 8, 0.6),
+        ("nano", (2, 3), 5, 32, 0.25),
+        ("tiny", (4, 4), 5, 8, 0.25),
+        ("tiny", (4, 6), 3, 16, 0.6),
+        ("tiny", (6, 4), 1, 32, 0.9),
+        ("base", (4, 4), 3, 8, 0.9),
+        ("base", (2, 3), 5, 16, 0.6),
+        ("base", (3, 2), 1, 32, 0.25),
+    ],
+)
+def test_packed_equals_a_dense_network_that_masks_every_activation(size, grid, in_chans, patch_size, mask_ratio):
+    depths = SIZES[f"convnextv2_{size}"]["depths"]
+    model = make_fcmae(grid, patch_size, in_chans=in_chans, depths=depths, mask_ratio=mask_ratio).double()
+    batch = make_batch(model, dtype=torch.float64)
+    packed = run(model, *batch)
+    model.encoder = DenseMasked(model.encoder)
+    assert_close(packed, run(model, *batch), 1e-12)
+
+
+def test_packed_with_nothing_removed_equals_the_dense_classifier_on_the_same_state_dict():
+    dense, encoder = (randomise(model(**TINY)).double() for model in (ConvNeXtV2, SparseConvNeXtV2))
+    missing, unexpected = dense.load_state_dict(encoder.state_dict(), strict=False)
+    assert set(missing) == {"norm.weight", "norm.bias", "head.weight", "head.bias"} and not unexpected
+    imgs = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    latent = encoder(imgs, torch.zeros(2, 6))
+    assert gap(dense.head(dense.norm(latent.mean((2, 3)))), dense(imgs)) <= 1e-12
+
+
+@pytest.mark.parametrize("fill", [100.0, torch.nan])
+def test_latent_does_not_depend_on_one_bit_of_removed_pixels(fill):
+    model = make_fcmae((3, 4))
+    imgs, noise = make_batch(model)
+    latent, mask = model.forward_encoder(imgs, 0.6, noise)
+    removed = mask.view(2, 1, 3, 4).repeat_interleave(32, 2).repeat_interleave(32, 3).bool()
+    assert torch.equal(model.encoder(imgs.masked_fill(removed, fill), mask), latent)
+
+
+def test_latent_does_not_depend_on_the_other_images_of_the_batch():
+    model = make_fcmae((3, 4)).double()
+    imgs, noise = make_batch(model, 4, torch.float64)
+    latent, mask = model.forward_encoder(imgs, 0.6, noise)
+    for i in range(4):
+        assert gap(latent[i : i + 1], model.encoder(imgs[i : i + 1], mask[i : i + 1])) <= 1e-12
+
+
+def test_latent_is_one_site_a_patch_and_zero_exactly_where_removed():
+    model = make_fcmae((3, 4))
+    latent, mask = model.forward_encoder(*make_batch(model)[:1], 0.6)
+    assert latent.shape == (2, 32, 3, 4)
+    assert torch.equal((latent == 0).flatten(2), mask[:, None].bool().expand(-1, 32, -1))
+
+
+def test_num_visible_is_only_a_hint():
+    model = make_fcmae()
+    imgs, noise = make_batch(model)
+    mask = model.gen_random_mask(imgs, 0.6, noise)
+    assert torch.equal(model.encoder(imgs, mask), model.encoder(imgs, mask, num_visible=6))
+
+
+# ---- Layers
+
+
+def grn_by_norm(x, gamma, beta):
+    """Algorithm 1 of the paper, word for word, of (N, ..., C)."""
+    gx = torch.norm(x.flatten(1, -2), p=2, dim=1).view(len(x), *[1] * (x.ndim - 2), -1)
+    nx = gx / (gx.mean(dim=-1, keepdim=True) + 1e-6)
+    return gamma.flatten() * (x * nx) + beta.flatten() + x
+
+
+def outputs_and_grads(function, *inputs):
+    """The output of function(*inputs), and the gradients of a fixed random projection of it for each input."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    projection = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return dict(enumerate((y, *torch.autograd.grad(y, inputs, projection))))
+
+
+def grn(x, gamma, beta):
+    """`GRN` as a function of its parameters too."""
+    return torch.func.functional_call(GRN(x.shape[-1]), {"gamma": gamma, "beta": beta}, x)
+
+
+GRN_SHAPES = pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 6, 5)], ids=["dense", "packed"])
+
+
+def grn_inputs(shape, dtype=torch.float64):
+    return [torch.randn(size, dtype=dtype) for size in (shape, (1, 1, 1, shape[-1]), (1, 1, 1, shape[-1]))]
+
+
+@GRN_SHAPES
+def test_grn_has_the_derivative_of_finite_differences(shape):
+    assert torch.autograd.gradcheck(grn, [x.requires_grad_() for x in grn_inputs(shape)])
+
+
+@GRN_SHAPES
+def test_grn_is_algorithm_1_even_where_a_channel_is_zero(shape):
+    x, gamma, beta = grn_inputs(shape)
+    x[0, ..., 2] = 0  # one channel of one image: the norm has no derivative there
+    assert_close(outputs_and_grads(grn, x, gamma, beta), outputs_and_grads(grn_by_norm, x, gamma, beta), 1e-12)
+
+
+def test_grn_of_large_float16_does_not_overflow():
+    x, gamma, beta = grn_inputs((2, 8, 8, 5), torch.float16)
+    x = x.sign() * 300 + x  # 300 squared is beyond float16
+    half, double = (outputs_and_grads(grn, *(t.to(dtype) for t in (x, gamma, beta))) for dtype in (x.dtype, torch.double))
+    assert_close({name: value.double() for name, value in half.items()}, double, 5e-3)
+
+
+@pytest.mark.parametrize("order", ["NHWC", "HWNC", "NCHW"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7), (9, 12)], ids=str)
+def test_depthwise_conv_and_its_gradients_are_those_of_torch(order, size):
+    x = torch.randn(3, 4, *size, dtype=torch.float64)
+    to_memory = ["NCHW".index(axis) for axis in order]
+    x = x.permute(to_memory).contiguous().permute([order.index(axis) for axis in "NCHW"])
+    weight, bias = torch.randn(4, 1, 7, 7, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    reference = functools.partial(F.conv2d, padding=3, groups=4)
+    assert_close(outputs_and_grads(depthwise_conv, x, weight, bias), outputs_and_grads(reference, x, weight, bias), 1e-12)
+
+
+# ---- The eight sizes, and timm
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    # Table 9 of the paper
+    dict(atto=3.7, femto=5.2, pico=9.1, nano=15.6, tiny=28.6, base=89, large=198, huge=660).items(),
+)
+def test_size_has_the_parameters_of_the_paper_of_timm_and_of_its_encoder(size, millions, monkeypatch):
+    # `torch.device("meta")` builds without memory; the drop path rates are numbers and need a device that has some
+    monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
+    name = f"convnextv2_{size}"
+    with torch.device("meta"):
+        model, encoder = getattr(convnextv2, name)(), getattr(fcmae, name)().encoder
+        reference = timm.create_model(name)
+    count = count_parameters(model)
+    assert round(count / 1e6, 1 if isinstance(millions, float) else 0) == millions
+    assert count == count_parameters(reference)
+    assert count == count_parameters(encoder) + count_parameters(model.norm) + count_parameters(model.head)
+
+
+def test_there_are_eight_sizes():
+    assert len(SIZES) == 8
+
+
+def timm_name(name):
+    """timm's name for a parameter of `ConvNeXtV2`."""
+    for pattern, replacement in [
+        (r"^downsample_layers\.0\.", "stem."),
+        (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"\.dwconv\.", ".conv_dw."),
+        (r"\.pwconv(\d)\.", r".mlp.fc\1."),
+        (r"\.grn\.gamma$", ".mlp.grn.weight"),
+        (r"\.grn\.beta$", ".mlp.grn.bias"),
+        (r"^head\.", "head.fc."),
+        (r"^norm\.", "head.norm."),
+    ]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def test_dense_logits_are_those_of_timm():
+    model, reference = randomise(convnextv2.convnextv2_atto()), timm.create_model("convnextv2_atto")
+    shapes = {name: value.shape for name, value in reference.state_dict().items()}
+    state = {timm_name(name): value for name, value in model.state_dict().items()}
+    reference.load_state_dict({name: value.view(shapes[name]) for name, value in state.items()}, strict=True)
+    imgs = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert gap(model.eval()(imgs), reference.eval()(imgs)) <= 1e-5
+
+
+# ---- Masks
+
+
+@pytest.mark.parametrize(
+    ("grid", "mask_ratio", "keep"),
+    [((7, 7), 0.6, 19), ((7, 7), 0.75, 12), ((2, 3), 0.6, 2), ((4, 4), 0.9, 1), ((4, 4), 0.01, 15)],
+)
+def test_mask_keeps_the_patches_of_the_lowest_noise(grid, mask_ratio, keep):
+    model = make_fcmae(grid, patch_size=8)
+    imgs, noise = make_batch(model, 5)
+    mask = model.gen_random_mask(imgs, mask_ratio, noise)
+    assert torch.equal(mask, (noise.argsort(1).argsort(1) >= keep).float())
+    drawn = model.gen_random_mask(imgs, mask_ratio)
+    assert ((drawn == 0).sum(1) == keep).all() and ((drawn == 1).sum(1) == noise.shape[1] - keep).all()
+    assert not torch.equal(drawn, model.gen_random_mask(imgs, mask_ratio))
+
+
+@pytest.mark.parametrize("mask_ratio", [0, 1, 0.95, 1.5, -0.5])
+def test_mask_that_removes_none_or_all_is_refused(mask_ratio):
+    model = make_fcmae()
+    with pytest.raises(ValueError, match=str(mask_ratio)):
+        model(make_batch(model)[0], mask_ratio=mask_ratio)
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 1], [0, 0, 1]], [[1, 1, 1], [1, 1, 1]]], ids=["uneven", "all removed"])
+def test_mask_must_leave_as_many_patches_in_every_image(rows):
+    with pytest.raises(ValueError, match="same number of patches"):
+        count_visible(torch.tensor(rows))
+
+
+# ---- Pixels, targets, loss
+
+
+def patch_of(imgs, i, row, column, p):
+    """The pixels of one patch of image i as a vector, channels running fastest."""
+    return imgs[i, :, row * p : (row + 1) * p, column * p : (column + 1) * p].transpose(1, 2, 0).ravel()
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 3)])
+def test_patchify_is_rows_of_pixels_with_channels_last_and_unpatchify_its_inverse(grid):
+    model = make_fcmae(grid, patch_size=8, in_chans=2)
+    imgs, _ = make_batch(model)
+    patches = model.patchify(imgs)
+    assert patches.shape == (2, grid[0] * grid[1], 8 * 8 * 2)
+    n, c, row, column, y, x = 1, 1, 1, 2, 3, 5
+    assert patches[n, row * grid[1] + column, (y * 8 + x) * 2 + c] == imgs[n, c, row * 8 + y, column * 8 + x]
+    assert torch.equal(model.unpatchify(patches), imgs)
+    assert torch.equal(make_fcmae(patch_size=8, in_chans=2).unpatchify(patches, grid), imgs)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_loss_is_the_mean_squared_error_of_removed_patches(norm_pix_loss):
+    model = make_fcmae((2, 3), patch_size=8, norm_pix_loss=norm_pix_loss).double()
+    imgs, noise = make_batch(model, dtype=torch.float64)
+    imgs = 3 * imgs + 1
+    imgs[0, :, :8, :8] = 1 / 3  # a patch of one colour: only the epsilon divides
+    noise[0, 0] = 2  # ... that is removed
+    mask, pred = model.gen_random_mask(imgs, 0.6, noise), torch.randn(2, 192, 2, 3, dtype=torch.float64)
+    errors = []
+    for i, patch in mask.nonzero().tolist():
+        row, column = divmod(patch, 3)
+        target = patch_of(imgs.numpy(), i, row, column, 8)
+        if norm_pix_loss:
+            target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
+        errors.append(np.mean((pred[i, :, row, column].numpy() - target) ** 2))
+    assert len(errors) == 8
+    assert model.forward_loss(imgs, pred, mask).item() == pytest.approx(np.mean(errors), rel=1e-10)
+    assert model.forward_loss(imgs, pred.flatten(2).mT, mask).item() == pytest.approx(np.mean(errors), rel=1e-10)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_reconstruction_is_the_prediction_where_removed_and_the_image_elsewhere(norm_pix_loss):
+    model = make_fcmae((2, 3), patch_size=8, norm_pix_loss=norm_pix_loss)
+    imgs, noise = make_batch(model)
+    mask = model.gen_random_mask(imgs, 0.6, noise)
+    removed = mask.view(2, 1, 2, 3).repeat_interleave(8, 2).repeat_interleave(8, 3).bool().expand_as(imgs)
+
+    as_maps = functools.partial(torch.unflatten, dim=2, sizes=(2, 3))  # (N, P, L) -> (N, P, h, w)
+    pred = torch.randn(2, 6, 192)
+    result = model.reconstruct(imgs, as_maps(pred.mT), mask)
+    assert torch.equal(result[~removed], imgs[~removed])
+    if not norm_pix_loss:
+        assert torch.equal(result[removed], model.unpatchify(pred)[removed])
+
+    patches = np.stack([patch_of(imgs.numpy(), i, r, c, 8) for i in range(2) for r in range(2) for c in range(3)])
+    if norm_pix_loss:
+        patches = (patches - patches.mean(1, keepdims=True)) / np.sqrt(patches.var(1, ddof=1, keepdims=True) + 1e-6)
+    perfect = torch.from_numpy(patches).view(2, 6, 192)
+    torch.testing.assert_close(model.reconstruct(imgs, as_maps(perfect.mT), mask), imgs, rtol=0, atol=1e-5)
+
+
+# ---- Training
+
+
+def test_initial_weights_have_std_002_and_what_adds_or_scales_starts_neutral():
+    pretrain = FCMAE(64, dims=(32, 64, 96, 128), depths=(1, 1, 1, 1))
+    finetune = ConvNeXtV2(dims=(32, 64, 96, 128), depths=(1, 1, 1, 1), head_init_scale=0.5)
+    for name, p in [*pretrain.named_parameters(), *finetune.named_parameters()]:
+        if name == "mask_token" or p.ndim > 1 and "grn" not in name:
+            assert p.std().item() == pytest.approx(0.01 if name == "head.weight" else 0.02, rel=0.1), name
+            assert abs(p.mean().item()) < 0.1 * p.std().item(), name
+        else:
+            assert (p == (1 if name.endswith("weight") else 0)).all(), name  # the only vectors named weight are of norms
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_model_compiles_into_one_graph_with_the_results_of_eager(norm_pix_loss):
+    model = make_fcmae((2, 3), patch_size=16, norm_pix_loss=norm_pix_loss)
+    imgs, noise = make_batch(model)
+
+    def step(model):
+        loss, pred, _ = model(imgs, noise=noise)
+        return dict(enumerate((loss, pred, *torch.autograd.grad(loss, list(model.parameters())))))
+
+    eager = step(model)
+    assert_close(step(torch.compile(model, fullgraph=True)), eager, 1e-5)
+
+
+def test_bfloat16_autocast_gives_gradients_close_to_float32():
+    model = make_fcmae(norm_pix_loss=True)
+    batch = make_batch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run(model, *batch)
+    assert mixed["latent"].dtype == torch.bfloat16 and mixed["loss"].dtype == torch.float32
+    exact = run(model, *batch)
+    mixed, exact = (torch.cat([r[name].flatten() for name, _ in model.named_parameters()]) for r in (mixed, exact))
+    assert F.cosine_similarity(mixed, exact, dim=0) > 0.99  # false for NaN
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(img_size=100), "img_size 100 x 100"),
+        (dict(img_size=(64, 100)), "img_size 64 x 100"),
+        (dict(img_size=0), "img_size 0 x 0"),
+        (dict(patch_size=12), "patch_size 12"),
+        (dict(patch_size=0), "patch_size 0"),
+        (dict(sparse_backend="dense"), "sparse_backend 'dense'"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FCMAE(**TINY | kwargs)

@@ -1,0 +1,322 @@
+"""Speed and memory of pre-training: the project's packed FCMAE beside its alternatives, in one process.
+
+    python -m tools.benchmark                                            # atto and tiny, whole steps, GPU if there is one
+    python -m tools.benchmark --part encoder --device cpu                # only the encoder, forward and backward
+    python -m tools.benchmark --model convnextv2_base --batch_size 256 --dtype bfloat16 --compile
+    python -m tools.benchmark --json > benchmark.json                    # the same figures and every single time
+
+Contestants, each with its own model and optimizer, all with the same initial weights:
+
+    packed            the project's FCMAE
+    packed compiled   the same under torch.compile(fullgraph=True), with --compile
+    dense masked      its encoder computes every site and masks it: tools/dense_masked.py
+    dense unmasked    its encoder is the fine-tuning network, channels last, on the whole image: what masking should save
+    minkowski         its encoder runs on MinkowskiEngine, where that is installed
+
+A round times one step of each in turn (A B C D, A B C D, ...), so that a slow moment of the machine strikes all alike;
+the first two rounds, which compile and allocate, do not count. Float32 means float32: no TF32. "x packed" is a
+contestant's time over packed's in the same round, median over rounds: 2.00 takes twice as long. The floor is visible /
+total patches: no masked encoder can do with less of the unmasked one's work.
+
+Peak memory is that of the third step in a fresh process of the contestant's own. CUDA: all that tensors hold, weights and
+optimizer state included (torch.cuda.max_memory_allocated). CPU, on Linux: how far the process's resident memory rises
+during the step (VmHWM - VmRSS before), that is activations, gradients and workspace; weights and optimizer state are
+older, and the same for all.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import convnextv2, fcmae
+from tools.dense_masked import DenseMasked
+
+WARM_UP = 2
+PATCH = 32
+# Batch size on the CPU unless --batch_size says otherwise, 4 for the rest; on a GPU 32 times that
+BATCH_SIZE = dict.fromkeys(["atto", "femto", "pico", "nano"], 8) | {"base": 2, "large": 1, "huge": 1}
+
+
+class DenseUnmasked(nn.Module):
+    """The dense, channels-last trunk on the whole image: (N, 3, H, W) -> (N, C, h, w). It ignores the mask."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.downsample_layers, self.stages = trunk.downsample_layers, trunk.stages
+
+    def forward(self, imgs, mask, num_visible=None):
+        x = imgs.contiguous(memory_format=torch.channels_last)
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+        return x
+
+
+def build(name, contestant, input_size):
+    """The FCMAE of that name with the contestant's encoder; the weights are the same for every contestant."""
+    torch.manual_seed(0)
+    model = getattr(fcmae, name)(img_size=input_size)
+    if contestant == "minkowski":
+        other = getattr(fcmae, name)(img_size=input_size, sparse_backend="minkowski")
+        other.load_state_dict(model.state_dict())
+        return other
+    if contestant == "dense masked":
+        model.encoder = DenseMasked(model.encoder)
+    elif contestant == "dense unmasked":
+        dense = DenseUnmasked(getattr(convnextv2, name)(num_classes=1))
+        dense.load_state_dict(model.encoder.state_dict())
+        model.encoder = dense
+    return model
+
+
+def make_step(name, contestant, batch_size, args):
+    """A function without arguments that runs what --part says once, on one fixed batch of noise."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # the default for matrix products; convolutions would have an advantage
+    model = build(name, contestant, args.input_size).to(args.device)
+    imgs = torch.randn(batch_size, 3, args.input_size, args.input_size, device=args.device)
+    dtype = getattr(torch, args.dtype)
+    autocast = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
+    compiled = contestant == "packed compiled"
+    if args.part == "encoder":
+        mask = model.gen_random_mask(imgs, args.mask_ratio)
+        visible = model.num_visible(mask.shape[1], args.mask_ratio)
+        encoder, grid = model.encoder, args.input_size // PATCH
+        cotangent = torch.randn(batch_size, model.proj.in_channels, grid, grid, device=args.device)
+        forward = torch.compile(encoder, fullgraph=True) if compiled else encoder
+
+        def step():
+            with autocast:
+                latent = forward(imgs, mask, num_visible=visible)
+            latent.backward(cotangent.to(latent.dtype))
+            encoder.zero_grad(set_to_none=True)
+
+        return step
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+
+    def step():
+        with autocast:
+            loss, _, _ = forward(imgs, mask_ratio=args.mask_ratio)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def time_ms(step, device):
+    """Milliseconds that one step takes."""
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_mib(name, contestant, batch_size, args):
+    """Peak memory of a step in MiB, for a process of its own: see the top of this file. None where it cannot be read."""
+    step = make_step(name, contestant, batch_size, args)
+    for _ in range(WARM_UP):
+        step()
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    if not sys.platform.startswith("linux"):
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = status_kib("VmRSS")
+    step()
+    return (status_kib("VmHWM") - before) / 2**10
+
+
+def status_kib(field):
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def run_alone(function, *arguments):
+    """What the function returns in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def attempt(row, function, *arguments):
+    """What the function returns; if it fails, None, and the row says why. The other contestants go on."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return None
+
+
+def compare(name, contestants, batch_size, args):
+    """Measure one model: a dict with a row for each contestant."""
+    torch.compiler.reset()
+    rows = {c: dict(contestant=c, times_ms=[]) for c in contestants}
+    steps = {}
+    for c, row in rows.items():
+        row["peak_mib"] = attempt(row, run_alone, peak_mib, name, c, batch_size, args)
+    for c, row in rows.items():
+        if "error" not in row:
+            steps[c] = attempt(row, make_step, name, c, batch_size, args)
+    for i in range(WARM_UP + args.rounds):
+        for c in list(steps):
+            ms = None if "error" in rows[c] else attempt(rows[c], time_ms, steps[c], args.device)
+            if "error" in rows[c]:
+                del steps[c]  # and with it its memory
+            elif i >= WARM_UP:
+                rows[c]["times_ms"].append(ms)
+    for c in steps:
+        times = rows[c]["times_ms"]
+        median = statistics.median(times)
+        rows[c] |= dict(median_ms=median, min_ms=min(times), max_ms=max(times), images_per_s=1e3 * batch_size / median)
+        if "packed" in steps:
+            pairs = zip(times, rows["packed"]["times_ms"], strict=True)
+            rows[c]["times_packed"] = statistics.median(ms / packed_ms for ms, packed_ms in pairs)
+    return dict(model=name, batch_size=batch_size, contestants=list(rows.values()))
+
+
+def describe(args, visible, patches, left_out):
+    """The conditions of the measurement, as for --json."""
+    cpu_info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.+)", cpu_info.read_text() if cpu_info.exists() else "")
+    machine = dict(
+        cpu=cpu[1] if cpu else platform.processor() or platform.machine(),
+        gpu=torch.cuda.get_device_name() if args.device == "cuda" else None,
+        cores=os.cpu_count(),
+        torch_threads=torch.get_num_threads(),
+    )
+    versions = dict(torch=torch.__version__, python=platform.python_version(), minkowski_engine=None)
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        versions["minkowski_engine"] = metadata.version("MinkowskiEngine")
+    settings = {k: getattr(args, k) for k in ("part", "device", "dtype", "input_size", "mask_ratio", "rounds", "compile")}
+    settings |= dict(warm_up=WARM_UP, visible_patches=visible, patches=patches, floor=visible / patches)
+    return dict(machine=machine, versions=versions, settings=settings, left_out=left_out)
+
+
+def print_header(report):
+    machine, versions, settings = report["machine"], report["versions"], report["settings"]
+    gpu = f"{machine['gpu']}; " if machine["gpu"] else ""
+    print(f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} torch threads")
+    print(", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()))
+    what = "encoder, forward + backward" if settings["part"] == "encoder" else "whole pre-training step"
+    print(f"{what}; {settings['input_size']} pixels, mask ratio {settings['mask_ratio']}, {settings['dtype']}, ", end="")
+    print(f"{settings['rounds']} rounds after {WARM_UP} of warm-up")
+    print("floor: {visible_patches}/{patches} patches visible = {floor:.2f} of dense unmasked's encoder".format(**settings))
+    for contestant, why in report["left_out"].items():
+        print(f"{contestant} left out: {why}")
+
+
+def print_table(result):
+    def show(value, spec):
+        return "-" if value is None else format(value, spec)
+
+    print(f"\n{result['model']}, batch size {result['batch_size']}")
+    print(f"{'':16}{'median ms':>10}{'min - max':>18}{'images/s':>10}{'x packed':>10}{'peak MiB':>10}")
+    for row in result["contestants"]:
+        if "error" in row:
+            print(f"{row['contestant']:16}  failed: {row['error']}")
+            continue
+        spread = f"{row['min_ms']:.1f} - {row['max_ms']:.1f}"
+        ratio, peak = show(row.get("times_packed"), ".2f"), show(row["peak_mib"], ".0f")
+        print(f"{row['contestant']:16}{row['median_ms']:>10.1f}{spread:>18}{row['images_per_s']:>10.1f}{ratio:>10}{peak:>10}")
+
+
+def why_no_minkowski(args):
+    """Why MinkowskiEngine cannot take part; None if it can."""
+    if args.dtype != "float32":
+        return f"it computes in float32 only, not in {args.dtype}"
+    try:
+        from models.convnextv2_minkowski import ME
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return None if args.device == "cpu" or ME.is_cuda_available() else "this MinkowskiEngine was built without CUDA"
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark",
+        description="Time pre-training, packed beside its alternatives.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    work = parser.add_argument_group("what is timed")
+    models = ["convnextv2_atto", "convnextv2_tiny"]
+    work.add_argument("--model", nargs="+", default=models, choices=convnextv2.SIZES, metavar="MODEL", help="one or more")
+    work.add_argument("--batch_size", nargs="+", type=int, help="one, or one a model; None: by model and device")
+    work.add_argument("--input_size", type=int, default=224, help="side of the images, a multiple of 32")
+    work.add_argument("--mask_ratio", type=float, default=0.6, help="part of the patches that is removed")
+    work.add_argument("--part", choices=("encoder", "step"), default="step", help="encoder: its forward and backward only")
+    how = parser.add_argument_group("how")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    how.add_argument("--device", choices=("cuda", "cpu"), default=device, help="where to run")
+    how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
+    how.add_argument("--compile", action="store_true", help="time packed under torch.compile as well")
+    how.add_argument("--rounds", type=int, default=10, help="rounds that count")
+    how.add_argument("--json", action="store_true", help="print one JSON object, every time included, instead of tables")
+    return parser
+
+
+def main():
+    parser = get_args_parser()
+    args = parser.parse_args()
+    if args.input_size < PATCH or args.input_size % PATCH:
+        parser.error(f"--input_size {args.input_size}: must be a multiple of {PATCH}")
+    patches = (args.input_size // PATCH) ** 2
+    try:
+        visible = fcmae.FCMAE.num_visible(None, patches, args.mask_ratio)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    scale = 32 if args.device == "cuda" else 1
+    batch_sizes = args.batch_size or [scale * BATCH_SIZE.get(name.split("_")[1], 4) for name in args.model]
+    if len(batch_sizes) == 1:
+        batch_sizes *= len(args.model)
+    if len(batch_sizes) != len(args.model) or min(batch_sizes) < 1:
+        parser.error(f"--batch_size {batch_sizes}: must be one, or one for each of {len(args.model)} models, of at least 1")
+
+    contestants = ["packed"] + ["packed compiled"] * args.compile + ["dense masked", "dense unmasked"]
+    why = why_no_minkowski(args)
+    if why is None:
+        contestants.append("minkowski")
+    report = describe(args, visible, patches, {"minkowski": why} if why else {}) | {"models": []}
+    if not args.json:
+        print_header(report)
+    for name, batch_size in zip(args.model, batch_sizes, strict=True):
+        report["models"].append(compare(name, contestants, batch_size, args))
+        if not args.json:
+            print_table(report["models"][-1])
+    if args.json:
+        print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Draw original | masked | reconstruction of images with the weights of an FCMAE checkpoint.
+
+    python -m tools.reconstruct --checkpoint OUTPUT/checkpoint-799.pth --images A.jpg B.png --output picture.png
+"""
+
+from pathlib import Path
+
+import torch
+from torchvision.transforms import InterpolationMode, v2
+
+import utils
+from datasets import find_images, read_image
+from hooks import reconstruct
+from models.fcmae import from_state_dict
+from utils import UserError
+
+
+def get_args_parser():
+    parser = utils.FlagParser(add_help=False)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of this project or of the original's training")
+    parser.add_argument("--images", required=True, nargs="+", metavar="FILE", help="image files, or folders of them")
+    parser.add_argument("--output", default="reconstruction.png", metavar="FILE", help="the picture to write")
+    parser.add_argument(
+        "--input_size", default=None, type=int, nargs="+", metavar="PIXELS", help="None: that of the training, else 224"
+    )
+    parser.add_argument("--mask_ratio", default=None, type=float, help="None: that of the training, else 0.6")
+    parser.add_argument("--seed", default=0, type=int, help="decides the masks")
+    return parser
+
+
+def read_images(paths, in_chans, size):
+    """Files and folders -> uint8 (N, in_chans, height, width): the shorter side resized, the centre cut out."""
+    files = [file for path in paths for file in (find_images(path) if Path(path).is_dir() else [path])]
+    if not files:
+        raise UserError(f"--images {' '.join(paths)}: no image there")
+    fit = v2.Compose(
+        [
+            v2.Resize(max(size), interpolation=InterpolationMode.BICUBIC),
+            v2.CenterCrop(size),
+            v2.PILToTensor(),
+        ]
+    )
+    images = []
+    for file in files:
+        try:
+            images.append(fit(read_image(file, in_chans)))
+        except Exception as error:  # Pillow's plugins raise nearly everything
+            raise UserError(f"--images {file}: cannot be read: {error}") from None
+    return torch.stack(images)
+
+
+def main(args):
+    checkpoint = utils.load_checkpoint(args.checkpoint)
+    trained = checkpoint.get("args", {})
+    trained = trained if isinstance(trained, dict) else vars(trained)
+    try:
+        state = utils.remap_checkpoint_keys(checkpoint.get("model", checkpoint))
+        model = from_state_dict(state, trained.get("norm_pix_loss", True))
+    except ValueError as error:
+        raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
+
+    size = args.input_size or trained.get("input_size", 224)
+    size = [size] if isinstance(size, int) else list(size)
+    size = (size[0], size[-1])
+    if any(side % model.patch_size or side < model.patch_size for side in size):
+        raise UserError(f"--input_size {size[0]} {size[1]}: both must be multiples of {model.patch_size}")
+    mask_ratio = trained.get("mask_ratio", 0.6) if args.mask_ratio is None else args.mask_ratio
+
+    images = read_images(args.images, model.in_chans, size)
+    torch.manual_seed(args.seed)
+    try:
+        picture = reconstruct(model, images, mask_ratio)
+        picture.save(args.output)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"--output {args.output}: {error.strerror or error}") from None
+    print(f"{len(images)} images, mask ratio {mask_ratio}: {args.output}")
+
+
+if __name__ == "__main__":
+    utils.run_script(main, utils.FlagParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]))
