@@ -132,7 +132,20 @@ def build_pretrain_images(args):
     images = ImageFolder(folder, args.in_chans)
     if not len(images):
         raise UserError(f"--data_path {args.data_path}: no image in {folder}; accepted are files that Pillow reads, and .npy")
-    return images
+    for index in range(min(len(images), 100)):
+        image, error = try_read(images, index)
+        first_error = error if index == 0 else first_error
+        if image is not None:
+            return images
+    raise UserError(f"--data_path {args.data_path}: none of the first {index + 1} images can be read: {first_error}")
+
+
+def try_read(images, index):
+    """(image, None), or (None, its name and what is wrong) if it cannot be read."""
+    try:
+        return images.read(index), None
+    except Exception as error:  # Pillow's plugins raise nearly everything
+        return None, f"{images.name(index)} ({type(error).__name__}: {error})"
 
 
 # ---------------------------------------------------------------- samples
@@ -196,12 +209,11 @@ class PretrainDataset(torch.utils.data.Dataset):
     def read(self, index):
         unreadable = []
         for shift in range(len(self.images)):
-            stand_in = (index + shift) % len(self.images)
-            try:
-                return self.images.read(stand_in), unreadable
-            except Exception as error:  # Pillow's plugins raise nearly everything
-                unreadable.append(f"{self.images.name(stand_in)} ({type(error).__name__}: {error})")
-        raise UserError(f"none of the {len(self.images)} images can be read; the first: {unreadable[0]}")
+            image, error = try_read(self.images, (index + shift) % len(self.images))
+            if error is None:
+                return image, unreadable
+            unreadable.append(error)
+        raise OSError(f"none of the {len(self.images)} images can be read any more; the first: {unreadable[0]}")
 
 
 def pixel_statistics(in_chans):

@@ -248,19 +248,22 @@ def newest_checkpoint(output_dir):
 def load_weights(model, checkpoint, path):
     """Load the "model" of a checkpoint, ours or one of the original's Minkowski training.
 
-    Raises UserError, naming the first differences, if it is of another model.
+    Raises UserError, with a difference of each kind, if it is of another model.
     """
     state = remap_checkpoint_keys(checkpoint.get("model", checkpoint))
     own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is not of this model" for name in state if name not in own]
-    wrong += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
+    differences = [
+        [f"{name} is missing" for name in own if name not in state],
+        [f"{name} is not of this model" for name in state if name not in own],
+        [
+            f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in state and state[name].shape != value.shape
+        ],
     ]
-    if wrong:
-        raise UserError(f"{path}: a checkpoint of another model: {'; '.join(wrong[:3])}; {len(wrong)} differences in all")
+    if any(differences):
+        examples = "; ".join(kind[0] for kind in differences if kind)
+        raise UserError(f"{path}: a checkpoint of another model: {sum(map(len, differences))} differences, such as {examples}")
     model.load_state_dict(state)
 
 

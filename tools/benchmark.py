@@ -1,16 +1,16 @@
 """Speed and memory of pre-training: the project's packed FCMAE beside its alternatives, in one process.
 
-    python -m tools.benchmark                                            # atto and tiny, whole steps, GPU if there is one
-    python -m tools.benchmark --part encoder --device cpu                # only the encoder, forward and backward
+    python -m tools.benchmark                              # atto and tiny, whole steps, GPU if there is one
+    python -m tools.benchmark --part encoder --device cpu  # only the encoder, forward and backward
     python -m tools.benchmark --model convnextv2_base --batch_size 256 --dtype bfloat16 --compile
-    python -m tools.benchmark --json > benchmark.json                    # the same figures and every single time
+    python -m tools.benchmark --json > benchmark.json      # the same figures and every single time
 
 Contestants, each with its own model and optimizer, all with the same initial weights:
 
     packed            the project's FCMAE
     packed compiled   the same under torch.compile(fullgraph=True), with --compile
     dense masked      its encoder computes every site and masks it: tools/dense_masked.py
-    dense unmasked    its encoder is the fine-tuning network, channels last, on the whole image: what masking should save
+    dense unmasked    its encoder is the fine-tuning network, on the whole image: what masking should save
     minkowski         its encoder runs on MinkowskiEngine, where that is installed
 
 A round times one step of each in turn (A B C D, A B C D, ...), so that a slow moment of the machine strikes all alike;
@@ -18,14 +18,13 @@ the first two rounds, which compile and allocate, do not count. Float32 means fl
 contestant's time over packed's in the same round, median over rounds: 2.00 takes twice as long. The floor is visible /
 total patches: no masked encoder can do with less of the unmasked one's work.
 
-Peak memory is that of the third step in a fresh process of the contestant's own. CUDA: all that tensors hold, weights and
-optimizer state included (torch.cuda.max_memory_allocated). CPU, on Linux: how far the process's resident memory rises
-during the step (VmHWM - VmRSS before), that is activations, gradients and workspace; weights and optimizer state are
-older, and the same for all.
+Peak memory is that of the third step in a fresh process of the contestant's own. CUDA: all that tensors hold, weights
+and optimizer state included (torch.cuda.max_memory_allocated). CPU, on Linux: how far the process's resident memory
+rises during the step (VmHWM less VmRSS before), that is activations, gradients and workspace; weights and optimizer
+state are older, and the same for all. An error in one contestant stands in its row; the others go on.
 """
 
 import argparse
-import contextlib
 import ctypes
 import gc
 import json
@@ -36,6 +35,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +46,7 @@ from torch import nn
 from models import convnextv2, fcmae
 from tools.dense_masked import DenseMasked
 
+warnings.filterwarnings("ignore", module="MinkowskiEngine")  # it warns on import where it was built without CUDA
 WARM_UP = 2
 PATCH = 32
 # Batch size on the CPU unless --batch_size says otherwise, 4 for the rest; on a GPU 32 times that
@@ -94,14 +95,13 @@ def make_step(name, contestant, batch_size, args):
     compiled = contestant == "packed compiled"
     if args.part == "encoder":
         mask = model.gen_random_mask(imgs, args.mask_ratio)
-        visible = model.num_visible(mask.shape[1], args.mask_ratio)
         encoder, grid = model.encoder, args.input_size // PATCH
         cotangent = torch.randn(batch_size, model.proj.in_channels, grid, grid, device=args.device)
         forward = torch.compile(encoder, fullgraph=True) if compiled else encoder
 
         def step():
             with autocast:
-                latent = forward(imgs, mask, num_visible=visible)
+                latent = forward(imgs, mask, num_visible=args.visible)
             latent.backward(cotangent.to(latent.dtype))
             encoder.zero_grad(set_to_none=True)
 
@@ -127,25 +127,25 @@ def time_ms(step, device):
     if device == "cpu":
         start = time.perf_counter()
         step()
-        return 1e3 * (time.perf_counter() - start)
+        return round(1e3 * (time.perf_counter() - start), 3)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
     step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return round(start.elapsed_time(end), 3)
 
 
 def peak_mib(name, contestant, batch_size, args):
-    """Peak memory of a step in MiB, for a process of its own: see the top of this file. None where it cannot be read."""
+    """Peak memory of a step in MiB as at the top of this file, for a process of its own; None where unreadable."""
     step = make_step(name, contestant, batch_size, args)
     for _ in range(WARM_UP):
         step()
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
-        return torch.cuda.max_memory_allocated() / 2**20
+        return round(torch.cuda.max_memory_allocated() / 2**20)
     if not sys.platform.startswith("linux"):
         return None
     gc.collect()
@@ -153,7 +153,7 @@ def peak_mib(name, contestant, batch_size, args):
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = status_kib("VmRSS")
     step()
-    return (status_kib("VmHWM") - before) / 2**10
+    return round((status_kib("VmHWM") - before) / 2**10)
 
 
 def status_kib(field):
@@ -192,60 +192,56 @@ def compare(name, contestants, batch_size, args):
                 del steps[c]  # and with it its memory
             elif i >= WARM_UP:
                 rows[c]["times_ms"].append(ms)
+    packed_ms = rows["packed"]["times_ms"] if "packed" in steps else None
     for c in steps:
         times = rows[c]["times_ms"]
-        median = statistics.median(times)
-        rows[c] |= dict(median_ms=median, min_ms=min(times), max_ms=max(times), images_per_s=1e3 * batch_size / median)
-        if "packed" in steps:
-            pairs = zip(times, rows["packed"]["times_ms"], strict=True)
-            rows[c]["times_packed"] = statistics.median(ms / packed_ms for ms, packed_ms in pairs)
+        rows[c]["median_ms"] = round(statistics.median(times), 2)
+        rows[c]["images_per_s"] = round(1e3 * batch_size / statistics.median(times), 1)
+        ratios = packed_ms and [ms / packed for ms, packed in zip(times, packed_ms, strict=True)]
+        rows[c]["times_packed"] = ratios and round(statistics.median(ratios), 2)
     return dict(model=name, batch_size=batch_size, contestants=list(rows.values()))
 
 
-def describe(args, visible, patches, left_out):
+def describe(args):
     """The conditions of the measurement, as for --json."""
-    cpu_info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*:\s*(.+)", cpu_info.read_text() if cpu_info.exists() else "")
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     machine = dict(
-        cpu=cpu[1] if cpu else platform.processor() or platform.machine(),
-        gpu=torch.cuda.get_device_name() if args.device == "cuda" else None,
+        gpu=torch.cuda.get_device_name() if args.device == "cuda" else "no GPU used",
+        cpu=cpu[1] if cpu else platform.processor(),
         cores=os.cpu_count(),
         torch_threads=torch.get_num_threads(),
     )
-    versions = dict(torch=torch.__version__, python=platform.python_version(), minkowski_engine=None)
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        versions["minkowski_engine"] = metadata.version("MinkowskiEngine")
-    settings = {k: getattr(args, k) for k in ("part", "device", "dtype", "input_size", "mask_ratio", "rounds", "compile")}
-    settings |= dict(warm_up=WARM_UP, visible_patches=visible, patches=patches, floor=visible / patches)
-    return dict(machine=machine, versions=versions, settings=settings, left_out=left_out)
+    try:
+        minkowski = metadata.version("MinkowskiEngine")
+    except metadata.PackageNotFoundError:
+        minkowski = "not installed"
+    versions = dict(torch=torch.__version__, python=platform.python_version(), MinkowskiEngine=minkowski)
+    keys = ("part", "device", "dtype", "input_size", "mask_ratio", "rounds")
+    settings = {key: getattr(args, key) for key in keys} | dict(warm_up=WARM_UP)
+    return dict(machine=machine, versions=versions, settings=settings)
 
 
 def print_header(report):
-    machine, versions, settings = report["machine"], report["versions"], report["settings"]
-    gpu = f"{machine['gpu']}; " if machine["gpu"] else ""
-    print(f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} torch threads")
-    print(", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()))
-    what = "encoder, forward + backward" if settings["part"] == "encoder" else "whole pre-training step"
-    print(f"{what}; {settings['input_size']} pixels, mask ratio {settings['mask_ratio']}, {settings['dtype']}, ", end="")
-    print(f"{settings['rounds']} rounds after {WARM_UP} of warm-up")
-    print("floor: {visible_patches}/{patches} patches visible = {floor:.2f} of dense unmasked's encoder".format(**settings))
+    """Machine, versions and settings, a line each, and the floor."""
+    for title in ("machine", "versions", "settings"):
+        print(f"{title}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report[title].items()))
+    visible, patches, ratio = report["floor"].values()
+    print(f"floor: {visible}/{patches} patches visible = {ratio:.2f} of dense unmasked's encoder")
     for contestant, why in report["left_out"].items():
         print(f"{contestant} left out: {why}")
 
 
 def print_table(result):
-    def show(value, spec):
-        return "-" if value is None else format(value, spec)
-
     print(f"\n{result['model']}, batch size {result['batch_size']}")
     print(f"{'':16}{'median ms':>10}{'min - max':>18}{'images/s':>10}{'x packed':>10}{'peak MiB':>10}")
     for row in result["contestants"]:
         if "error" in row:
             print(f"{row['contestant']:16}  failed: {row['error']}")
             continue
-        spread = f"{row['min_ms']:.1f} - {row['max_ms']:.1f}"
-        ratio, peak = show(row.get("times_packed"), ".2f"), show(row["peak_mib"], ".0f")
-        print(f"{row['contestant']:16}{row['median_ms']:>10.1f}{spread:>18}{row['images_per_s']:>10.1f}{ratio:>10}{peak:>10}")
+        spread = f"{min(row['times_ms']):.1f} - {max(row['times_ms']):.1f}"
+        ratio, peak = ("-" if value is None else value for value in (row["times_packed"], row["peak_mib"]))
+        print(f"{row['contestant']:16}{row['median_ms']:>10}{spread:>18}{row['images_per_s']:>10}{ratio:>10}{peak:>10}")
 
 
 def why_no_minkowski(args):
@@ -267,50 +263,57 @@ def get_args_parser():
     )
     work = parser.add_argument_group("what is timed")
     models = ["convnextv2_atto", "convnextv2_tiny"]
-    work.add_argument("--model", nargs="+", default=models, choices=convnextv2.SIZES, metavar="MODEL", help="one or more")
+    work.add_argument("--model", nargs="+", default=models, choices=convnextv2.SIZES, metavar="M", help="one or more")
     work.add_argument("--batch_size", nargs="+", type=int, help="one, or one a model; None: by model and device")
     work.add_argument("--input_size", type=int, default=224, help="side of the images, a multiple of 32")
     work.add_argument("--mask_ratio", type=float, default=0.6, help="part of the patches that is removed")
-    work.add_argument("--part", choices=("encoder", "step"), default="step", help="encoder: its forward and backward only")
+    work.add_argument("--part", choices=("encoder", "step"), default="step", help="encoder: forward, backward")
     how = parser.add_argument_group("how")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how.add_argument("--device", choices=("cuda", "cpu"), default=device, help="where to run")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
     how.add_argument("--compile", action="store_true", help="time packed under torch.compile as well")
     how.add_argument("--rounds", type=int, default=10, help="rounds that count")
-    how.add_argument("--json", action="store_true", help="print one JSON object, every time included, instead of tables")
+    how.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
 
 
-def main():
+def parse_args():
+    """The checked arguments, with a batch size for each model and the number of patches, all and visible."""
     parser = get_args_parser()
     args = parser.parse_args()
     if args.input_size < PATCH or args.input_size % PATCH:
         parser.error(f"--input_size {args.input_size}: must be a multiple of {PATCH}")
-    patches = (args.input_size // PATCH) ** 2
+    args.patches = (args.input_size // PATCH) ** 2
     try:
-        visible = fcmae.FCMAE.num_visible(None, patches, args.mask_ratio)
+        args.visible = fcmae.FCMAE.num_visible(None, args.patches, args.mask_ratio)
     except ValueError as error:
         parser.error(f"--{error}")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    scale = 32 if args.device == "cuda" else 1
-    batch_sizes = args.batch_size or [scale * BATCH_SIZE.get(name.split("_")[1], 4) for name in args.model]
-    if len(batch_sizes) == 1:
-        batch_sizes *= len(args.model)
-    if len(batch_sizes) != len(args.model) or min(batch_sizes) < 1:
-        parser.error(f"--batch_size {batch_sizes}: must be one, or one for each of {len(args.model)} models, of at least 1")
+    if args.batch_size is None:
+        scale = 32 if args.device == "cuda" else 1
+        args.batch_size = [scale * BATCH_SIZE.get(name.split("_")[1], 4) for name in args.model]
+    if len(args.batch_size) not in (1, len(args.model)) or min(args.batch_size) < 1:
+        parser.error(f"--batch_size {args.batch_size}: must be one, or one for each --model, and above 0")
+    if len(args.batch_size) == 1:
+        args.batch_size *= len(args.model)
+    return args
 
+
+def main():
+    args = parse_args()
     contestants = ["packed"] + ["packed compiled"] * args.compile + ["dense masked", "dense unmasked"]
     why = why_no_minkowski(args)
     if why is None:
         contestants.append("minkowski")
-    report = describe(args, visible, patches, {"minkowski": why} if why else {}) | {"models": []}
+    floor = dict(visible=args.visible, patches=args.patches, ratio=args.visible / args.patches)
+    report = describe(args) | dict(floor=floor, left_out={"minkowski": why} if why else {}, models=[])
     if not args.json:
         print_header(report)
-    for name, batch_size in zip(args.model, batch_sizes, strict=True):
+    for name, batch_size in zip(args.model, args.batch_size, strict=True):
         report["models"].append(compare(name, contestants, batch_size, args))
         if not args.json:
             print_table(report["models"][-1])

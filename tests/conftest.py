@@ -1,0 +1,62 @@
+"""Shared by the tests: small images, and the script run in this process as from a command line."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_pretrain
+import utils
+
+torch.set_num_threads(2)
+
+# A model and images small enough that a step takes a tenth of a second
+SMALL = "--model convnextv2_atto --decoder_embed_dim 16 --input_size 32 --stem_stride 1 --device cpu --num_workers 0".split()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """A folder of 22 images drawn at random, in two class folders."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(22):
+        path = folder / f"class{number % 2}" / f"{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+class Result:
+    def __init__(self, status, out, err):
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def pretrain(capsys, monkeypatch):
+    """Run main_pretrain.py with flags, in this process: its exit status and what it printed."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["main_pretrain.py", *map(str, flags)])
+        status = 0
+        try:
+            parser = utils.FlagParser(prog="main_pretrain.py", parents=[main_pretrain.get_args_parser()])
+            utils.run_script(main_pretrain.main, parser)
+        except SystemExit as exit:
+            status = exit.code
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+def weights(folder, name):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def assert_same_weights(a, b):
+    """Bit for bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
