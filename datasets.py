@@ -131,13 +131,16 @@ def build_pretrain_images(args):
         raise UserError(f"--data_path {args.data_path}: {what}; accepted is a folder of images, or --data_set DIGITS")
     images = ImageFolder(folder, args.in_chans)
     if not len(images):
-        raise UserError(f"--data_path {args.data_path}: no image in {folder}; accepted are files that Pillow reads, and .npy")
+        raise UserError(
+            f"--data_path {args.data_path}: no image in {folder}; accepted are files that Pillow reads, and .npy"
+        )
+    errors = []
     for index in range(min(len(images), 100)):
         image, error = try_read(images, index)
-        first_error = error if index == 0 else first_error
-        if image is not None:
+        if error is None:
             return images
-    raise UserError(f"--data_path {args.data_path}: none of the first {index + 1} images can be read: {first_error}")
+        errors.append(error)
+    raise UserError(f"--data_path {args.data_path}: none of the first {len(errors)} images can be read: {errors[0]}")
 
 
 def try_read(images, index):
@@ -217,7 +220,7 @@ class PretrainDataset(torch.utils.data.Dataset):
 
 
 def pixel_statistics(in_chans):
-    """Mean and standard deviation of each channel, in [0, 1]: ImageNet's, or their averages for other than 3 channels."""
+    """Mean and standard deviation of each channel, in [0, 1]: ImageNet's, or their averages if not 3 channels."""
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     return (mean, std) if in_chans == 3 else (mean.mean().expand(in_chans), std.mean().expand(in_chans))
 

@@ -16,7 +16,9 @@ def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
         state.observe_data(batch)
         end_of_step = number % args.update_freq == 0
         state.lr = utils.adjust_learning_rate(optimizer, state.epoch + state.step / state.steps_per_epoch, args)
-        torch.manual_seed(utils.derive_seed(args.seed, state.epoch, state.step, utils.get_rank(), number % args.update_freq))
+        torch.manual_seed(
+            utils.derive_seed(args.seed, state.epoch, state.step, utils.get_rank(), number % args.update_freq)
+        )
 
         imgs = normalize(batch.imgs.to(args.device, non_blocking=True))
         noise = batch.noise.to(args.device, non_blocking=True)

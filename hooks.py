@@ -174,7 +174,9 @@ class UnreadableImages(Hook):
     def on_step(self, state):
         names = list(state.unreadable_images)
         for number, name in enumerate(names[self.told :], start=self.told + 1):
-            print(f"unreadable image {number} (of --max_bad_images {self.max_bad_images}), left out: {name}", flush=True)
+            print(
+                f"unreadable image {number} (of --max_bad_images {self.max_bad_images}), left out: {name}", flush=True
+            )
         self.told = len(names)
         if self.told > self.max_bad_images:
             raise utils.UserError(f"{self.told} images could not be read, --max_bad_images is {self.max_bad_images}")
@@ -209,7 +211,10 @@ class Console(Hook):
         state.start_clock()
 
     def on_end(self, state):
-        print(f"trained {state.epochs_done - self.start:g} epochs in {hours(time.perf_counter() - self.started)}", flush=True)
+        print(
+            f"trained {state.epochs_done - self.start:g} epochs in {hours(time.perf_counter() - self.started)}",
+            flush=True,
+        )
 
 
 def hours(seconds):
@@ -280,7 +285,7 @@ class TensorBoard(Hook):
 
 
 class Reconstructions(Hook):
-    """Every `every` epochs, and after the first and the last, a picture of the same few images and their reconstruction."""
+    """Every `every` epochs, and after the first and the last, a picture of the same images' reconstructions."""
 
     def __init__(self, dataset, output_dir, every, count=8):
         self.dataset, self.output_dir, self.every, self.count = dataset, output_dir, every, count
@@ -359,5 +364,5 @@ class Checkpointer(Hook):
             )
         except OSError as error:
             utils.log(
-                f"checkpoint not saved: {error}. The ones before it are kept; the next save tries again, training goes on."
+                f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, training goes on."
             )

@@ -10,13 +10,12 @@ Run the same command again to go on after a stop of any kind.
 import argparse
 import os
 import tempfile
-from pathlib import Path
 
+import utils  # isort: skip  (before torch)
 import torch
 
 import datasets
 import hooks
-import utils
 from engine_pretrain import train_one_epoch
 from models import fcmae
 from models.convnextv2 import SIZES
@@ -40,7 +39,12 @@ def get_args_parser():
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="convnextv2_base", metavar="NAME", help=f"one of {', '.join(SIZES)}")
     group.add_argument(
-        "--input_size", default=224, type=int, nargs="+", metavar="PIXELS", help="side of the images, or height and width"
+        "--input_size",
+        default=224,
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side of the images, or height and width",
     )
     group.add_argument("--in_chans", default=3, type=int, help="channels of the images: 1 reads grey, 3 RGB, 4 RGBA")
     group.add_argument(
@@ -63,10 +67,12 @@ def get_args_parser():
     )
 
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--lr", default=None, type=float, help="peak learning rate; None: blr x effective batch size / 256")
+    group.add_argument(
+        "--lr", default=None, type=float, help="peak learning rate; None: blr x effective batch size / 256"
+    )
     group.add_argument("--blr", default=1.5e-4, type=float, help="base learning rate, per 256 images")
     group.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end")
-    group.add_argument("--weight_decay", default=0.05, type=float, help="of weights, not of norms, biases, GRN, mask token")
+    group.add_argument("--weight_decay", default=0.05, type=float, help="none on norms, biases, GRN, mask token")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -99,11 +105,15 @@ def get_args_parser():
         "--resume", default="", metavar="FILE", help="checkpoint to start from where the output folder has none"
     )
     group.add_argument("--print_freq", default=20, type=int, help="steps between log lines")
-    group.add_argument("--picture_freq", default=10, type=int, help="epochs between pictures of reconstructions; 0: none")
+    group.add_argument(
+        "--picture_freq", default=10, type=int, help="epochs between pictures of reconstructions; 0: none"
+    )
 
     group = parser.add_argument_group("distributed (torchrun and other launchers set these)")
     group.add_argument("--world_size", default=1, type=int, help="number of processes")
-    group.add_argument("--local_rank", "--local-rank", default=-1, type=int, help="number of this process on its machine")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=-1, type=int, help="number of this process on its machine"
+    )
     group.add_argument("--dist_on_itp", default=False, type=str2bool, help="ranks from Open MPI's environment")
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
     return parser
@@ -126,16 +136,17 @@ def check_args(args):
             f"--mask_ratio {args.mask_ratio}: must be between 0 and 1 and leave 1 to {args.num_patches - 1} "
             f"of the {args.num_patches} patches"
         )
-    for name in "batch_size epochs update_freq in_chans decoder_embed_dim save_ckpt_freq save_ckpt_num print_freq".split():
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in "warmup_epochs seed start_epoch num_workers max_bad_images save_ckpt_steps picture_freq".split():
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 0")
+    for least, names in (
+        (1, "batch_size epochs update_freq in_chans decoder_embed_dim save_ckpt_freq save_ckpt_num print_freq"),
+        (0, "warmup_epochs seed start_epoch num_workers max_bad_images save_ckpt_steps picture_freq decoder_depth"),
+    ):
+        for name in names.split():
+            if getattr(args, name) < least:
+                raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.data_set == "image_folder" and args.data_path is None:
         raise UserError("--data_path: give a folder of images, or --data_set DIGITS")
     if args.data_set == "DIGITS" and args.in_chans not in datasets.COLOUR_MODES:
-        raise UserError(f"--in_chans {args.in_chans}: DIGITS can be read with {', '.join(map(str, datasets.COLOUR_MODES))}")
+        raise UserError(f"--in_chans {args.in_chans}: must be one of {list(datasets.COLOUR_MODES)} for DIGITS")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no CUDA GPU is visible; --device cpu works")
 
@@ -151,7 +162,7 @@ def prepare_output(args):
         raise UserError(f"--output_dir {args.output_dir}: cannot be written: {error.strerror}") from None
     if not args.auto_resume and utils.list_checkpoints(args.output_dir):
         raise UserError(
-            f"--output_dir {args.output_dir}: holds the checkpoints of a run; name another folder, or --auto_resume true"
+            f"--output_dir {args.output_dir}: holds the checkpoints of a run; take another, or --auto_resume true"
         )
 
 

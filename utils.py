@@ -13,6 +13,12 @@ An output folder:
 import argparse
 import math
 import os
+
+# Read when torch is first imported, so this module comes before it: threads that spin while they wait for each other
+# make a CPU run many times slower as soon as loader workers or other programs share its cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# ruff: noqa: E402
 import pickle
 import re
 import shlex
@@ -67,7 +73,7 @@ def str2bool(text):
 
 
 def run_script(main, parser):
-    """Parse the command line and call main(args); ends the process with status 2 or 1 on `UserError`, `TrainingError`."""
+    """Parse the command line and call main(args); a `UserError` ends the process with status 2, other trouble with 1."""
     args = parser.parse_args()
     try:
         main(args)
@@ -236,7 +242,7 @@ def load_checkpoint(path):
 
 
 def newest_checkpoint(output_dir):
-    """The newest checkpoint of a run that loads, and its path; (None, None) if there is none. Names those passed over."""
+    """The newest checkpoint of a run that loads, and its path, or (None, None). Names those passed over."""
     for path in list_checkpoints(output_dir):
         try:
             return load_checkpoint(path), path
@@ -263,12 +269,13 @@ def load_weights(model, checkpoint, path):
     ]
     if any(differences):
         examples = "; ".join(kind[0] for kind in differences if kind)
-        raise UserError(f"{path}: a checkpoint of another model: {sum(map(len, differences))} differences, such as {examples}")
+        count = sum(map(len, differences))
+        raise UserError(f"{path}: a checkpoint of another model: {count} differences, such as {examples}")
     model.load_state_dict(state)
 
 
 def remap_checkpoint_keys(state):
-    """A state dict of the original's Minkowski training with the names and shapes of this project (and of the dense code).
+    """A state dict of the original's Minkowski training with this project's names and shapes, those of the dense code.
 
     `kernel` (kh * kw, in, out), or (kh * kw, C) if depthwise, the first axis of space running fastest, becomes
     `weight` (out, in, kh, kw) or (C, 1, kh, kw); biases (1, C) become (C,); `.ln.` and `.linear.` go; GRN (1, 4C)

@@ -23,7 +23,7 @@ SIZES = {
 
 
 class Block(nn.Module):
-    """ConvNeXt V2 block (figure 5): depthwise 7x7, LayerNorm, MLP with GELU and GRN, residual. (N, C, H, W) -> the same."""
+    """ConvNeXt V2 block (figure 5), (N, C, H, W) -> the same: depthwise 7x7, LayerNorm, MLP with GELU and GRN."""
 
     def __init__(self, dim, drop_path=0.0):
         super().__init__()
@@ -67,7 +67,8 @@ def make_downsample_layers(in_chans, dims, stem_stride):
 
 def make_stages(block, depths, dims, drop_path_rate):
     """The four stages of `block(dim, drop_path)`; the drop path rate rises linearly from 0 over all blocks."""
-    rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+    last = max(sum(depths) - 1, 1)
+    rates = (drop_path_rate * block / last for block in range(sum(depths)))
     return nn.ModuleList(
         nn.Sequential(*(block(dim, drop_path=next(rates)) for _ in range(depth)))
         for depth, dim in zip(depths, dims, strict=True)

@@ -16,7 +16,7 @@ collections.Sequence = collections.abc.Sequence  # MinkowskiEngine 0.5.4 imports
 try:
     import MinkowskiEngine as ME
 except ImportError as error:
-    raise ImportError(f"--sparse_backend minkowski needs MinkowskiEngine ({error}); `make minkowski` builds it") from None
+    raise ImportError(f"the minkowski backend needs MinkowskiEngine ({error}); `make minkowski` builds it") from None
 
 
 class MinkowskiConv(nn.Module):

@@ -60,7 +60,9 @@ def unpack(x, sites):
     """Packed rows (N, S, C) -> canvas (N, C, H, W), zero at the other sites."""
     n, h, w = sites.canvas
     canvas = x.new_zeros(n * h * w, x.shape[-1]).index_copy_(0, sites.rows, x.flatten(0, 1))
-    return canvas.view(h, w, n, -1).permute(2, 3, 0, 1) if sites.space_first else canvas.view(n, h, w, -1).permute(0, 3, 1, 2)
+    if sites.space_first:
+        return canvas.view(h, w, n, -1).permute(2, 3, 0, 1)
+    return canvas.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 def pack(canvas, sites):
@@ -84,16 +86,14 @@ class SparseBlock(Block):
 
 
 class SparseConvNeXtV2(nn.Module):
-    """The encoder of FCMAE: images (N, in_chans, H, W) and mask (N, L), 1 = removed -> (N, C, h, w), zero where removed.
+    """The encoder of FCMAE: images (N, in_chans, H, W), mask (N, L), 1 = removed -> (N, C, h, w), zero where removed.
 
     Args: as of `ConvNeXtV2`.
     """
 
     block = SparseBlock
 
-    def __init__(
-        self, in_chans=3, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0, stem_stride=4
-    ):
+    def __init__(self, in_chans=3, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0, stem_stride=4):
         super().__init__()
         self.stem_stride = stem_stride
         self.downsample_layers = make_downsample_layers(in_chans, dims, stem_stride)
@@ -114,8 +114,11 @@ class SparseConvNeXtV2(nn.Module):
         return unpack(x, sites)
 
     def grid(self, imgs):
-        """The number of patches (h, w) of images (N, in_chans, H, W)."""
-        return tuple(size // (8 * self.stem_stride) for size in imgs.shape[2:])
+        """The number of patches (h, w) of images (N, in_chans, H, W). Raises ValueError for a part of a patch."""
+        unit = 8 * self.stem_stride
+        if imgs.shape[2] % unit or imgs.shape[3] % unit:
+            raise ValueError(f"images of {imgs.shape[2]} x {imgs.shape[3]}: both sides must be multiples of {unit}")
+        return imgs.shape[2] // unit, imgs.shape[3] // unit
 
     @staticmethod
     def visible_patches(mask, num_visible=None):
@@ -144,5 +147,5 @@ def count_visible(mask):
     """The number of zeros in each row of mask (N, L). Raises ValueError unless it is one number, and not 0."""
     counts = (mask == 0).sum(dim=1).unique().tolist()
     if len(counts) != 1 or counts[0] == 0:
-        raise ValueError(f"mask must leave the same number of patches visible in every image, at least 1; it leaves {counts}")
+        raise ValueError(f"the mask leaves {counts} patches visible: must be one number, at least 1, in every image")
     return counts[0]

@@ -5,7 +5,6 @@ D channels of the decoder. A mask is (N, L), 1 = removed.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models.convnextv2 import SIZES, Block
@@ -81,7 +80,7 @@ class FCMAE(nn.Module):
         """How many of num_patches a mask of mask_ratio leaves. Raises ValueError if none or all."""
         keep = int(num_patches * (1 - mask_ratio))
         if not 0 < keep < num_patches:
-            raise ValueError(f"mask_ratio {mask_ratio} leaves {keep} of {num_patches} patches: must leave some and remove some")
+            raise ValueError(f"mask_ratio {mask_ratio} leaves {keep} of {num_patches} patches: must be some, not all")
         return keep
 
     def gen_random_mask(self, x, mask_ratio, noise=None):
@@ -121,8 +120,7 @@ class FCMAE(nn.Module):
         if pred.ndim == 4:
             pred = pred.flatten(2).transpose(1, 2)
         target, _, _ = self.patch_targets(imgs)
-        loss = F.mse_loss(pred.float(), target, reduction="none") if pred.dtype != target.dtype else (pred - target) ** 2
-        loss = loss.mean(dim=-1)  # (N, L)
+        loss = ((pred.to(target.dtype) - target) ** 2).mean(dim=-1)  # (N, L)
         return (loss * mask).sum() / mask.sum()
 
     def forward(self, imgs, labels=None, mask_ratio=None, noise=None):

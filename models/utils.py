@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class LayerNorm(nn.LayerNorm):
@@ -36,6 +37,7 @@ class _GRN(torch.autograd.Function):
         return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * norm / mean).to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, gamma, norm, mean = ctx.saved_tensors
         space = tuple(range(1, x.ndim - 1))
@@ -67,7 +69,7 @@ class GRN(nn.Module):
 
 
 def _fold(x):
-    """(N, C, H, W) -> (1, N * C, H, W) channels last: images become channels. A view where x lies in memory (H, W, N, C)."""
+    """(N, C, H, W) -> (1, N * C, H, W) channels last: images become channels. A view if x lies as (H, W, N, C)."""
     n, c, h, w = x.shape
     return x.permute(2, 3, 0, 1).reshape(1, h, w, n * c).permute(0, 3, 1, 2)
 
@@ -103,6 +105,7 @@ class _DepthwiseConvCPU(torch.autograd.Function):
         return _conv_as_it_lies(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         (n, c), pad = x.shape[:2], weight.shape[-1] // 2
@@ -118,7 +121,7 @@ class _DepthwiseConvCPU(torch.autograd.Function):
 
 
 def depthwise_conv(x, weight, bias):
-    """Depthwise convolution (N, C, H, W) -> (N, C, H, W), stride 1, zero padded, with an odd square kernel (C, 1, K, K).
+    """Depthwise convolution, stride 1, zero padded: (N, C, H, W) with an odd square kernel (C, 1, K, K) -> the same.
 
     x should lie in memory as (N, H, W, C), on the CPU best as (H, W, N, C): (N, C, H, W) is 2 to 3 times slower.
     """

@@ -2,18 +2,19 @@
 
 import sys
 
+import utils  # isort: skip  (before torch)
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import main_pretrain
-import utils
 
 torch.set_num_threads(2)
 
 # A model and images small enough that a step takes a tenth of a second
-SMALL = "--model convnextv2_atto --decoder_embed_dim 16 --input_size 32 --stem_stride 1 --device cpu --num_workers 0".split()
+SMALL = "--model convnextv2_atto --decoder_embed_dim 16 --input_size 32 --stem_stride 1".split()
+SMALL += "--device cpu --num_workers 0".split()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,9 @@ def finished(shared, small, pretrain):
     """The folder and the output of one run of 2 epochs with everything on; made once."""
     folder = shared / "finished"
     if not folder.exists():
-        result = pretrain(*small, "--output_dir", folder, "--print_freq", 2, "--picture_freq", 1, "--save_ckpt_steps", 2)
+        result = pretrain(
+            *small, "--output_dir", folder, "--print_freq", 2, "--picture_freq", 1, "--save_ckpt_steps", 2
+        )
         assert result.status == 0, result.err
         (folder / "stdout.txt").write_text(result.out)
     return folder
@@ -95,7 +97,9 @@ def test_checkpoints_load_safely_and_the_newest_are_kept(finished):
 
 
 def test_save_ckpt_num_and_freq(small, pretrain, tmp_path):
-    pretrain(*small, "--epochs", 5, "--batch_size", 11, "--output_dir", tmp_path, "--save_ckpt_freq", 2, "--save_ckpt_num", 2)
+    pretrain(
+        *small, "--epochs", 5, "--batch_size", 11, "--output_dir", tmp_path, "--save_ckpt_freq", 2, "--save_ckpt_num", 2
+    )
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-3.pth", "checkpoint-4.pth"]
 
 
@@ -226,7 +230,10 @@ def test_flags_of_the_training_change_the_weights(finished, small, pretrain, tmp
 
 def test_flags_of_the_model_change_its_shapes(small, pretrain, tmp_path):
     changed = final_weights(
-        pretrain, [*small, "--batch_size", 11], tmp_path, *"--stem_stride 2 --input_size 32 48 --in_chans 1 --decoder_depth 2".split()
+        pretrain,
+        [*small, "--batch_size", 11],
+        tmp_path,
+        *"--stem_stride 2 --input_size 32 48 --in_chans 1 --decoder_depth 2".split(),
     )
     assert changed["encoder.downsample_layers.0.0.weight"].shape == (40, 1, 2, 2)
     assert changed["pred.weight"].shape == (256, 16, 1, 1) and "decoder.1.norm.weight" in changed
@@ -292,7 +299,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
 
 
 def test_the_loss_falls(pretrain, tmp_path):
-    flags = [*SMALL, "--data_set", "DIGITS", "--in_chans", 1, "--decoder_embed_dim", 64, "--epochs", 1, "--batch_size", 32]
+    flags = [
+        *SMALL,
+        "--data_set",
+        "DIGITS",
+        "--in_chans",
+        1,
+        "--decoder_embed_dim",
+        64,
+        "--epochs",
+        1,
+        "--batch_size",
+        32,
+    ]
     result = pretrain(*flags, "--warmup_epochs", 0, "--lr", 1e-3, "--output_dir", tmp_path, "--print_freq", 11)
     assert result.status == 0
     losses = [float(line.split("loss ")[1].split()[0]) for line in result.out.splitlines() if line.startswith("epoch ")]

@@ -1,6 +1,6 @@
 """Draw original | masked | reconstruction of images with the weights of an FCMAE checkpoint.
 
-    python -m tools.reconstruct --checkpoint OUTPUT/checkpoint-799.pth --images A.jpg B.png --output picture.png
+python -m tools.reconstruct --checkpoint OUTPUT/checkpoint-799.pth --images A.jpg B.png --output picture.png
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from utils import UserError
 
 def get_args_parser():
     parser = utils.FlagParser(add_help=False)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of this project or of the original's training")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of this project or of the original")
     parser.add_argument("--images", required=True, nargs="+", metavar="FILE", help="image files, or folders of them")
     parser.add_argument("--output", default="reconstruction.png", metavar="FILE", help="the picture to write")
     parser.add_argument(
