@@ -158,6 +158,7 @@ def prepare_output(args):
     try:
         os.makedirs(args.output_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
+        utils.remove_half_written(args.output_dir)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written: {error.strerror}") from None
     if not args.auto_resume and utils.list_checkpoints(args.output_dir):

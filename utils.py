@@ -181,6 +181,13 @@ def write_whole(path, write):
         raise
 
 
+def remove_half_written(folder):
+    """Remove what a process that was killed within `write_whole` has left."""
+    if is_main_process():
+        for path in Path(folder).glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def checkpoint_order(path):
     """(epochs done, steps done after them) from a checkpoint's name, or None for another file."""
     match = re.fullmatch(r"checkpoint-(\d+)(?:-(\d+))?\.pth", Path(path).name)

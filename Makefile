@@ -1,0 +1,37 @@
+# Each target makes its own virtual environment. PYTHON: which Python to make it from. Options of pytest: make test T="-k name"
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUTPUT ?= output/digits
+
+.PHONY: demo test lint minkowski
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/ready-to-test: $(VENV)/ready
+	$(BIN)/pip install --quiet pytest ruff safetensors
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)
+	@echo
+	@echo "picture:  $(OUTPUT)/reconstruction-0019.png   original | masked | reconstruction"
+	@echo "log:      $(OUTPUT)/log.txt, or $(BIN)/tensorboard --logdir $(OUTPUT)"
+	@echo "next:     $(BIN)/python main_pretrain.py --data_path YOUR_IMAGES --model convnextv2_atto --output_dir output/mine"
+
+test: $(VENV)/ready-to-test
+	$(BIN)/python -m pytest tests $(T)
+
+lint: $(VENV)/ready-to-test
+	$(BIN)/ruff check --line-length 120 --select E,F,I,UP,B,W .
+	$(BIN)/ruff format --line-length 120 --check .
+
+# MinkowskiEngine 0.5.4 for `--sparse_backend minkowski` and its tests: Python 3.11 at most, and libopenblas-dev.
+minkowski: $(VENV)/ready
+	$(BIN)/pip install --quiet setuptools wheel ninja
+	PATH="$(abspath $(BIN)):$$PATH" SETUPTOOLS_USE_DISTUTILS=stdlib MAX_JOBS=2 \
+	    $(BIN)/pip install --no-build-isolation --no-deps MinkowskiEngine==0.5.4
