@@ -11,7 +11,7 @@ from datasets import normalize
 def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
     """Train from step `state.step` to the end of epoch `state.epoch`; `loader` yields the rest of that epoch."""
     model.train()
-    state.start_clock()
+    state.start_lap()
     for number, batch in enumerate(loader, start=1):
         state.observe_data(batch)
         end_of_step = number % args.update_freq == 0
@@ -33,6 +33,9 @@ def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
+            if state.time_to_log():
+                state.end_lap()
+                hooks("on_log", state)
             hooks("on_step", state)
 
 

@@ -9,6 +9,7 @@ A hook reads the `RunState` and never changes the training. To add one, write a 
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -18,6 +19,22 @@ from PIL import Image, ImageDraw
 
 import utils
 from datasets import Batch, denormalize, normalize
+
+
+class Mean:
+    """A running mean."""
+
+    def __init__(self, sum=0.0, count=0):
+        self.sum, self.count = sum, count
+
+    def add(self, values):
+        for value in values:  # one by one, so that the sum does not depend on how they were grouped
+            self.sum += value
+            self.count += 1
+
+    @property
+    def value(self):
+        return self.sum / max(self.count, 1)
 
 
 class RunState:
@@ -34,30 +51,39 @@ class RunState:
         self.epoch = args.start_epoch
         self.step = 0  # optimizer steps done in this epoch
         self.lr = 0.0
-        self.loss_sum, self.loss_count = 0.0, 0  # of this epoch's losses that were read
-        self.recent_loss = float("nan")  # mean of those read last
+        self.epoch_loss = Mean()  # of this epoch's losses, as far as they were read
+        self.lap_loss = Mean()  # of those since the last log line
         self.unread_losses = []  # tensors on the device
         self.unreadable_images = {}  # their names, in the order they were met
-        self.start_clock()
+        self.start_lap()
 
     @property
     def epochs_done(self):
         """With a fraction."""
         return self.epoch + self.step / self.steps_per_epoch
 
-    @property
-    def train_loss(self):
-        """Mean over this epoch, as far as it was read."""
-        return self.loss_sum / max(self.loss_count, 1)
+    def time_to_log(self):
+        return self.step % self.args.print_freq == 0 or self.step == self.steps_per_epoch
 
-    def start_clock(self):
-        self.clock = self.lap = time.perf_counter()
-        self.data_time, self.lap_batches = 0.0, 0
+    def start_lap(self):
+        """Start the clock: what is logged is measured from one log line to the next."""
+        self.clock = self.lap_start = time.perf_counter()
+        self.data_time, self.batches = 0.0, 0
+        self.lap_loss = Mean()
+
+    def end_lap(self):
+        """Set what is logged: loss, images_per_second, data_seconds (waited for a batch). On all processes at once."""
+        self.read_losses()
+        images = self.batches * self.args.batch_size * utils.get_world_size()
+        self.images_per_second = images / (time.perf_counter() - self.lap_start)
+        self.data_seconds = self.data_time / self.batches
+        self.loss = self.lap_loss.value
+        self.start_lap()
 
     def observe_data(self, batch):
         """Note that the loader handed over a batch, and how long that took."""
         self.data_time += time.perf_counter() - self.clock
-        self.lap_batches += 1
+        self.batches += 1
         self.unreadable_images |= dict.fromkeys(batch.unreadable)
 
     def observe_loss(self, loss):
@@ -78,22 +104,20 @@ class RunState:
             dist.all_reduce(losses)
             losses /= dist.get_world_size()
         values = losses.tolist()
-        for index, value in enumerate(values):
-            if not -float("inf") < value < float("inf"):
-                step = self.step - (len(values) - 1 - index) // self.args.update_freq
-                raise utils.TrainingError(
-                    f"loss is {value} in epoch {self.epoch}, step {step} of {self.steps_per_epoch}: stopped. "
-                    "The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 may help"
-                )
-        self.recent_loss = sum(values) / len(values)
-        self.loss_sum += sum(values)
-        self.loss_count += len(values)
+        bad = [index for index, value in enumerate(values) if not math.isfinite(value)]
+        if bad:
+            step = self.step - (len(values) - 1 - bad[0]) // self.args.update_freq
+            raise utils.TrainingError(
+                f"loss is {values[bad[0]]} in epoch {self.epoch}, step {step} of {self.steps_per_epoch}: stopped. "
+                "The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 may help"
+            )
+        self.epoch_loss.add(values)
+        self.lap_loss.add(values)
 
     def progress(self):
         """What a checkpoint keeps besides model, optimizer, scaler, epoch and step."""
         return {
-            "loss_sum": self.loss_sum,
-            "loss_count": self.loss_count,
+            "epoch_loss": [self.epoch_loss.sum, self.epoch_loss.count],
             "unreadable_images": list(self.unreadable_images),
             "effective_batch_size": self.args.effective_batch_size,
         }
@@ -104,12 +128,12 @@ class RunState:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         if self.step:
-            self.loss_sum, self.loss_count = checkpoint["loss_sum"], checkpoint["loss_count"]
+            self.epoch_loss = Mean(*checkpoint["epoch_loss"])
         self.unreadable_images = dict.fromkeys(checkpoint["unreadable_images"])
 
     def end_epoch(self):
         self.epoch, self.step = self.epoch + 1, 0
-        self.loss_sum, self.loss_count = 0.0, 0
+        self.epoch_loss = Mean()
 
 
 class Hook:
@@ -124,6 +148,9 @@ class Hook:
 
     def on_step(self, state):
         """After an optimizer step; `state.step` counts it already."""
+
+    def on_log(self, state):
+        """Every print_freq steps and after the last step of an epoch, before `on_step`."""
 
     def on_epoch_end(self, state):
         """After the last step of an epoch; `state.epoch` is that epoch."""
@@ -144,19 +171,6 @@ class Hooks:
                 getattr(hook, event)(state)
             except OSError as error:
                 print(f"{type(hook).__name__} failed: {error}. Training goes on.", flush=True)
-
-
-class LossReader(Hook):
-    """Read the losses every print_freq steps and at the end of an epoch: before the hooks that report them."""
-
-    everywhere = True
-
-    def __init__(self, print_freq):
-        self.print_freq = print_freq
-
-    def on_step(self, state):
-        if state.step % self.print_freq == 0 or state.step == state.steps_per_epoch:
-            state.read_losses()
 
 
 class UnreadableImages(Hook):
@@ -183,32 +197,22 @@ class UnreadableImages(Hook):
 
 
 class Console(Hook):
-    """A line every print_freq steps and at the end of an epoch."""
-
-    def __init__(self, print_freq):
-        self.print_freq = print_freq
+    """A line for each log interval."""
 
     def on_start(self, state):
         self.started, self.start = time.perf_counter(), state.epochs_done
 
-    def on_step(self, state):
-        if state.step % self.print_freq and state.step != state.steps_per_epoch:
-            return
-        now = time.perf_counter()
-        args = state.args
-        state.images_per_second = state.lap_batches * args.batch_size * utils.get_world_size() / (now - state.lap)
-        left = (now - self.started) / (state.epochs_done - self.start) * (args.epochs - state.epochs_done)
+    def on_log(self, state):
+        epochs, steps = state.args.epochs, state.steps_per_epoch
+        left = (epochs - state.epochs_done) / (state.epochs_done - self.start) * (time.perf_counter() - self.started)
         line = (
-            f"epoch {state.epoch:>{len(str(args.epochs))}}/{args.epochs}"
-            f"  step {state.step:>{len(str(state.steps_per_epoch))}}/{state.steps_per_epoch}"
-            f"  loss {state.recent_loss:.4f} (epoch {state.train_loss:.4f})  lr {state.lr:.2e}"
-            f"  {state.images_per_second:.0f} img/s  data {state.data_time / state.lap_batches:.3f} s/batch"
-            f"  eta {hours(left)}"
+            f"epoch {state.epoch:>{len(str(epochs))}}/{epochs}  step {state.step:>{len(str(steps))}}/{steps}"
+            f"  loss {state.loss:.4f} (epoch {state.epoch_loss.value:.4f})  lr {state.lr:.2e}"
+            f"  {state.images_per_second:.0f} img/s  data {state.data_seconds:.3f} s/batch  eta {hours(left)}"
         )
         if state.device_type == "cuda":
             line += f"  memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
         print(line, flush=True)
-        state.start_clock()
 
     def on_end(self, state):
         print(
@@ -239,7 +243,7 @@ class LogFile(Hook):
 
     def on_epoch_end(self, state):
         entry = {
-            "train_loss": state.train_loss,
+            "train_loss": state.epoch_loss.value,
             "train_lr": state.lr,
             "epoch": state.epoch,
             "n_parameters": state.n_parameters,
@@ -257,10 +261,10 @@ def epoch_of(line):
 
 
 class TensorBoard(Hook):
-    """Scalars every print_freq steps; the step axis is 1000 x epochs done."""
+    """Scalars for each log interval; the step axis is 1000 x epochs done."""
 
-    def __init__(self, log_dir, print_freq):
-        self.log_dir, self.print_freq = log_dir, print_freq
+    def __init__(self, log_dir):
+        self.log_dir = log_dir
 
     def on_start(self, state):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -268,16 +272,14 @@ class TensorBoard(Hook):
         # What an earlier process of this run wrote beyond its last checkpoint is taken back.
         state.writer = self.writer = SummaryWriter(self.log_dir, purge_step=int(1000 * state.epochs_done))
 
-    def on_step(self, state):
-        if state.step % self.print_freq and state.step != state.steps_per_epoch:
-            return
+    def on_log(self, state):
         at = int(1000 * state.epochs_done)
-        self.writer.add_scalar("train/loss", state.recent_loss, at)
+        self.writer.add_scalar("train/loss", state.loss, at)
         self.writer.add_scalar("train/lr", state.lr, at)
         self.writer.add_scalar("train/images_per_second", state.images_per_second, at)
 
     def on_epoch_end(self, state):
-        self.writer.add_scalar("epoch/train_loss", state.train_loss, 1000 * (state.epoch + 1))
+        self.writer.add_scalar("epoch/train_loss", state.epoch_loss.value, 1000 * (state.epoch + 1))
         self.writer.flush()
 
     def on_end(self, state):
@@ -324,18 +326,23 @@ def reconstruct(model, imgs, mask_ratio, noise=None):
 
 
 def draw_table(titles, columns, border=4, smallest=112, header=16):
-    """A Pillow RGB image: one column of images (N, C, H, W) uint8 under each title; small images are enlarged."""
+    """A Pillow RGB image of images (N, C, H, W) uint8 in columns under their titles.
+
+    The second half of N stands beside the first. Images less than `smallest` pixels wide are enlarged.
+    """
     n, channels, height, width = columns[0].shape
+    rows = -(-n // 2)
     enlarge = -(-smallest // width)
     width, height = width * enlarge, height * enlarge
-    table = Image.new("RGB", (len(columns) * (width + border) + border, header + n * (height + border)), "white")
+    half = len(columns) * (width + border) + 2 * border
+    table = Image.new("RGB", (half * (2 if n > 1 else 1), header + rows * (height + border)), "white")
     for j, (title, images) in enumerate(zip(titles, columns, strict=True)):
-        left = border + j * (width + border)
-        ImageDraw.Draw(table).text((left, 2), title, fill="black")
         images = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
         for i, image in enumerate(images.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
-            image = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            table.paste(image, (left, header + i * (height + border)))
+            left, top = i // rows * half + border + j * (width + border), header + i % rows * (height + border)
+            if i % rows == 0:
+                ImageDraw.Draw(table).text((left, 2), title, fill="black")
+            table.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
     return table
 
 

@@ -213,12 +213,11 @@ RUN_FLAGS = (
 
 
 def build_hooks(args, dataset):
-    observers = [hooks.LossReader(args.print_freq), hooks.UnreadableImages(args.max_bad_images)]
-    observers.append(hooks.Console(args.print_freq))
+    observers = [hooks.UnreadableImages(args.max_bad_images), hooks.Console()]
     if args.output_dir:
         observers.append(hooks.LogFile(args.output_dir))
     if args.log_dir or args.output_dir:
-        observers.append(hooks.TensorBoard(args.log_dir or args.output_dir, args.print_freq))
+        observers.append(hooks.TensorBoard(args.log_dir or args.output_dir))
     if args.output_dir and args.picture_freq:
         observers.append(hooks.Reconstructions(dataset, args.output_dir, args.picture_freq))
     if args.output_dir and args.save_ckpt:

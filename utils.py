@@ -73,7 +73,7 @@ def str2bool(text):
 
 
 def run_script(main, parser):
-    """Parse the command line and call main(args); a `UserError` ends the process with status 2, other trouble with 1."""
+    """Parse the command line and call main(args); `UserError` ends the process with status 2, the rest with 1."""
     args = parser.parse_args()
     try:
         main(args)

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at random steps and started again ends with the uninterrupted run's weights, bit for bit."""
+"""A run killed with SIGKILL at random steps and started again ends with the same weights, bit for bit."""
 
 import os
 import random

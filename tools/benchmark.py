@@ -36,7 +36,6 @@ import statistics
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -160,12 +159,6 @@ def status_kib(field):
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def run_alone(function, *arguments):
-    """What the function returns in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def attempt(row, function, *arguments):
     """What the function returns; if it fails, None, and the row says why. The other contestants go on."""
     try:
@@ -175,13 +168,36 @@ def attempt(row, function, *arguments):
         return None
 
 
+def send_memory(connection, *arguments):
+    """`peak_mib` for the process at the other end."""
+    row = {}
+    row["peak_mib"] = attempt(row, peak_mib, *arguments)
+    connection.send(row)
+
+
+def memory_alone(*arguments):
+    """`peak_mib` in a fresh process, as a row: peak_mib, and error if it failed. That process never outlives its work."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_memory, args=(sender, *arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()  # for its exit code
+        return dict(peak_mib=None, error=f"its process died with exit code {process.exitcode} (-9: out of memory?)")
+    finally:
+        process.join()
+
+
 def compare(name, contestants, batch_size, args):
     """Measure one model: a dict with a row for each contestant."""
     torch.compiler.reset()
     rows = {c: dict(contestant=c, times_ms=[]) for c in contestants}
     steps = {}
-    for c, row in rows.items():
-        row["peak_mib"] = attempt(row, run_alone, peak_mib, name, c, batch_size, args)
+    for c, row in rows.items():  # before anything of this process is on the device
+        row |= memory_alone(name, c, batch_size, args)
     for c, row in rows.items():
         if "error" not in row:
             steps[c] = attempt(row, make_step, name, c, batch_size, args)
@@ -211,6 +227,7 @@ def describe(args):
         cpu=cpu[1] if cpu else platform.processor(),
         cores=os.cpu_count(),
         torch_threads=torch.get_num_threads(),
+        load_average=round(os.getloadavg()[0], 1),  # above 0 before the start: others are at work, times are noisy
     )
     try:
         minkowski = metadata.version("MinkowskiEngine")

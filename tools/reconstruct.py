@@ -70,11 +70,12 @@ def main(args):
     torch.manual_seed(args.seed)
     try:
         picture = reconstruct(model, images, mask_ratio)
-        picture.save(args.output)
     except ValueError as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"--output {args.output}: {error.strerror or error}") from None
+        raise UserError(f"--{error}") from None
+    try:
+        picture.save(args.output)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {args.output}: {getattr(error, 'strerror', None) or error}") from None
     print(f"{len(images)} images, mask ratio {mask_ratio}: {args.output}")
 
 
