@@ -131,9 +131,9 @@ def check_args(args):
     args.num_patches = (sizes[0] // unit) * (sizes[-1] // unit)
     if args.model not in SIZES:
         raise UserError(f"--model {args.model}: must be one of {', '.join(SIZES)}")
-    if not 0 < int(args.num_patches * (1 - args.mask_ratio)) < args.num_patches:
+    if not 0 < args.mask_ratio < 1 or not 0 < int(args.num_patches * (1 - args.mask_ratio)) < args.num_patches:
         raise UserError(
-            f"--mask_ratio {args.mask_ratio}: must be between 0 and 1 and leave 1 to {args.num_patches - 1} "
+            f"--mask_ratio {args.mask_ratio}: must be between 0 and 1, and leave and remove at least one "
             f"of the {args.num_patches} patches"
         )
     for least, names in (
@@ -243,7 +243,7 @@ def main(args):
     torch.backends.cudnn.benchmark = True
     model = model_without_ddp = build_model(args).to(args.device)
     optimizer = torch.optim.AdamW(get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
-    scaler = torch.amp.GradScaler(args.device, enabled=args.use_amp and args.amp_dtype == "float16")
+    scaler = torch.amp.GradScaler(args.device.partition(":")[0], enabled=args.use_amp and args.amp_dtype == "float16")
     state = hooks.RunState(args, model_without_ddp, optimizer, scaler, sampler.steps_per_epoch)
     resume(args, state)
     if args.compile:
@@ -260,6 +260,8 @@ def main(args):
     )
 
     # training
+    if state.epoch >= args.epochs:
+        return log(f"nothing left to do: {state.epoch} of {args.epochs} epochs are done")
     observers = build_hooks(args, dataset)
     observers("on_start", state)
     while state.epoch < args.epochs:

@@ -160,6 +160,12 @@ def test_the_output_folder_wins_over_resume(finished, small, pretrain, tmp_path)
     assert f"changed since {tmp_path / 'checkpoint-0.pth'}: --epochs 1 -> 2" in result.out
 
 
+def test_a_finished_run_says_so(finished, small, pretrain, tmp_path):
+    (tmp_path / "checkpoint-1.pth").write_bytes((finished / "checkpoint-1.pth").read_bytes())
+    result = pretrain(*small, "--output_dir", tmp_path)
+    assert result.status == 0 and "nothing left to do: 2 of 2 epochs are done" in result.out
+
+
 def test_another_batch_size_within_an_epoch_is_refused(finished, small, pretrain):
     result = pretrain(*small, "--batch_size", 2, "--resume", finished / "checkpoint-0-4.pth")
     assert result.status == 2 and "effective batch size of 4" in result.err

@@ -176,7 +176,7 @@ def send_memory(connection, *arguments):
 
 
 def memory_alone(*arguments):
-    """`peak_mib` in a fresh process, as a row: peak_mib, and error if it failed. That process never outlives its work."""
+    """`peak_mib` in a fresh process, as part of a row: peak_mib, and error if it failed."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_memory, args=(sender, *arguments), daemon=True)
@@ -227,7 +227,7 @@ def describe(args):
         cpu=cpu[1] if cpu else platform.processor(),
         cores=os.cpu_count(),
         torch_threads=torch.get_num_threads(),
-        load_average=round(os.getloadavg()[0], 1),  # above 0 before the start: others are at work, times are noisy
+        load_average=round(os.getloadavg()[0], 1),  # well above 0: others are at work here, distrust the times
     )
     try:
         minkowski = metadata.version("MinkowskiEngine")
