@@ -34,10 +34,14 @@ def image_extensions():
 
 
 def find_images(folder):
-    """The images below a folder, nested or flat, sorted. Hidden files and folders do not count."""
+    """The images below a folder, nested or flat, sorted, each folder once. Hidden files and folders do not count."""
     endings = image_extensions()
-    paths = []
+    paths, visited = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in visited:  # links may lead in circles
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [
             os.path.join(parent, name)
@@ -63,16 +67,16 @@ def read_image(path, in_chans):
     with Image.open(path) as image:
         image.load()
         if image.mode.startswith(("I", "F")):
-            image = to_8_bits(image)
+            image = to_8_bits(image, sixteen=";16" in image.mode or image.format in ("PNG", "PPM"))
         elif image.mode == "P":
             image = image.convert("RGBA")  # applies the transparent colour, if any
         return image.convert(COLOUR_MODES[in_chans])
 
 
-def to_8_bits(grey):
-    """A grey image of 16 or 32 bits with 8."""
+def to_8_bits(grey, sixteen):
+    """A grey image of 16 bits, of either byte order or held in 32, or one of 32 bits, with 8."""
     array = np.asarray(grey)
-    if array.dtype == np.uint16:
+    if sixteen:
         return Image.fromarray((array >> 8).astype(np.uint8))
     low, high = float(array.min()), float(array.max())
     return Image.fromarray(np.rint((array - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))

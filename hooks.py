@@ -40,12 +40,13 @@ class Mean:
 class RunState:
     """Where a run stands: what hooks read and checkpoints keep. The same on every process but for its own images."""
 
-    def __init__(self, args, model, optimizer, scaler, steps_per_epoch):
+    def __init__(self, args, model, optimizer, scaler, steps_per_epoch, num_images):
         self.args = args
         self.model = model  # without DDP and compilation
         self.optimizer = optimizer
         self.scaler = scaler
         self.steps_per_epoch = steps_per_epoch
+        self.num_images = num_images
         self.device_type = torch.device(args.device).type
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.epoch = args.start_epoch
@@ -54,7 +55,8 @@ class RunState:
         self.epoch_loss = Mean()  # of this epoch's losses, as far as they were read
         self.lap_loss = Mean()  # of those since the last log line
         self.unread_losses = []  # tensors on the device
-        self.unreadable_images = {}  # their names, in the order they were met
+        self.unreadable_images = {}  # names that all processes met, in order
+        self.unread_names = []  # those that this one met since
         self.start_lap()
 
     @property
@@ -84,7 +86,7 @@ class RunState:
         """Note that the loader handed over a batch, and how long that took."""
         self.data_time += time.perf_counter() - self.clock
         self.batches += 1
-        self.unreadable_images |= dict.fromkeys(batch.unreadable)
+        self.unread_names += batch.unreadable
 
     def observe_loss(self, loss):
         """Keep the loss of a batch, without waiting for the device."""
@@ -92,17 +94,20 @@ class RunState:
         self.clock = time.perf_counter()
 
     def read_losses(self):
-        """Fetch the losses since the last time, averaged over processes: all must call it at the same step.
+        """Fetch what came up since the last time from the device and all processes: all must call it at the same step.
 
         Raises TrainingError, on all of them, at a loss that is not finite.
         """
         if not self.unread_losses:
             return
-        losses = torch.stack(self.unread_losses).float()
-        self.unread_losses = []
+        losses, names = torch.stack(self.unread_losses).float(), [self.unread_names]
         if dist.is_initialized():
             dist.all_reduce(losses)
             losses /= dist.get_world_size()
+            names = [None] * dist.get_world_size()
+            dist.all_gather_object(names, self.unread_names)
+        self.unread_losses, self.unread_names = [], []
+        self.unreadable_images |= dict.fromkeys(name for some in names for name in some)
         values = losses.tolist()
         bad = [index for index, value in enumerate(values) if not math.isfinite(value)]
         if bad:
@@ -120,6 +125,7 @@ class RunState:
             "epoch_loss": [self.epoch_loss.sum, self.epoch_loss.count],
             "unreadable_images": list(self.unreadable_images),
             "effective_batch_size": self.args.effective_batch_size,
+            "num_images": self.num_images,
         }
 
     def restore(self, checkpoint):
@@ -171,26 +177,25 @@ class Hooks:
                 getattr(hook, event)(state)
             except OSError as error:
                 print(f"{type(hook).__name__} failed: {error}. Training goes on.", flush=True)
+                if event == "on_start":  # it has not what it needs
+                    self.hooks = [other for other in self.hooks if other is not hook]
 
 
 class UnreadableImages(Hook):
     """Name each image that could not be read, once, and stop the run when there are more than max_bad_images."""
 
-    everywhere = True
+    everywhere = True  # all know the same names, so all stop together
 
     def __init__(self, max_bad_images):
         self.max_bad_images = max_bad_images
-        self.told = 0
 
     def on_start(self, state):
         self.told = len(state.unreadable_images)
 
-    def on_step(self, state):
+    def on_log(self, state):
         names = list(state.unreadable_images)
         for number, name in enumerate(names[self.told :], start=self.told + 1):
-            print(
-                f"unreadable image {number} (of --max_bad_images {self.max_bad_images}), left out: {name}", flush=True
-            )
+            utils.log(f"unreadable image {number} (of --max_bad_images {self.max_bad_images}), left out: {name}")
         self.told = len(names)
         if self.told > self.max_bad_images:
             raise utils.UserError(f"{self.told} images could not be read, --max_bad_images is {self.max_bad_images}")
@@ -228,18 +233,24 @@ def hours(seconds):
 
 
 class LogFile(Hook):
-    """log.txt in the output folder: one JSON object an epoch."""
+    """log.txt in the output folder: one JSON object an epoch. It is rewritten whole, so a full disk costs no line."""
 
     def __init__(self, output_dir):
         self.path = Path(output_dir) / "log.txt"
+        self.lines = []
 
     def on_start(self, state):
         """Take back the lines of epochs that are trained again since no checkpoint of them was kept."""
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if epoch_of(line) is not None and epoch_of(line) < state.epoch]
-            if kept != lines:
-                utils.write_whole(self.path, lambda file: file.write("".join(kept).encode()))
+            lines = self.path.read_text(errors="surrogateescape").splitlines()
+            self.lines = [line for line in lines if not self.is_of_epoch_from(state.epoch, line)]
+
+    @staticmethod
+    def is_of_epoch_from(epoch, line):
+        try:
+            return json.loads(line)["epoch"] >= epoch
+        except (ValueError, KeyError, TypeError):
+            return False  # not a line of ours
 
     def on_epoch_end(self, state):
         entry = {
@@ -248,16 +259,9 @@ class LogFile(Hook):
             "epoch": state.epoch,
             "n_parameters": state.n_parameters,
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def epoch_of(line):
-    """The epoch of a line of log.txt, or None for a line cut short."""
-    try:
-        return json.loads(line)["epoch"]
-    except ValueError:
-        return None
+        self.lines.append(json.dumps(entry))
+        content = "".join(f"{line}\n" for line in self.lines).encode(errors="surrogateescape")
+        utils.write_whole(self.path, lambda file: file.write(content))
 
 
 class TensorBoard(Hook):
@@ -363,13 +367,20 @@ class Checkpointer(Hook):
 
     @staticmethod
     def save(state, step=None):
-        """Write a checkpoint, unless the losses up to here tell that its weights are lost."""
+        """Write a checkpoint. Raises TrainingError if the weights are lost, or if the last one cannot be written."""
         state.read_losses()
+        if not torch.nn.utils.get_total_norm(state.model.parameters()).isfinite():
+            raise utils.TrainingError(
+                f"weights are not finite after step {state.step} of epoch {state.epoch}: stopped. "
+                "The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 may help"
+            )
         try:
             utils.save_model(
                 state.args, state.epoch, None, state.model, state.optimizer, state.scaler, step=step, **state.progress()
             )
         except OSError as error:
+            if step is None and state.epoch + 1 == state.args.epochs:
+                raise utils.TrainingError(f"the last checkpoint could not be saved: {error}") from None
             utils.log(
                 f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, training goes on."
             )

@@ -2,7 +2,7 @@
 
     python main_pretrain.py @recipes/demo_digits.args --output_dir output/digits      # a demo, on any machine
     python main_pretrain.py --data_path IMAGES --output_dir OUTPUT                    # one GPU, or the CPU
-    torchrun --nproc_per_node=8 main_pretrain.py @recipes/pretrain_base.args --data_path IMAGES --output_dir OUTPUT
+    torchrun --nproc_per_node=8 main_pretrain.py @recipes/pretrain_imagenet.args --data_path IMAGES --output_dir OUTPUT
 
 Run the same command again to go on after a stop of any kind.
 """
@@ -83,7 +83,7 @@ def get_args_parser():
     )
     group.add_argument("--num_workers", default=10, type=int, help="loader processes, at most one a core; 0: none")
     group.add_argument("--pin_mem", default=True, type=str2bool, help="page-locked batches, faster to copy to a GPU")
-    group.add_argument("--max_bad_images", default=100, type=int, help="unreadable images at which a process gives up")
+    group.add_argument("--max_bad_images", default=100, type=int, help="more unreadable images than this stop the run")
 
     group = parser.add_argument_group("speed")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
@@ -143,25 +143,48 @@ def check_args(args):
         for name in names.split():
             if getattr(args, name) < least:
                 raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if args.data_set == "image_folder" and args.data_path is None:
+    for name in ("lr", "blr", "min_lr", "weight_decay"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"--{name} {value}: must be a number from 0 on")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed}: must be less than 2 ** 63")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
+    if args.data_set == "image_folder" and not args.data_path:
         raise UserError("--data_path: give a folder of images, or --data_set DIGITS")
     if args.data_set == "DIGITS" and args.in_chans not in datasets.COLOUR_MODES:
         raise UserError(f"--in_chans {args.in_chans}: must be one of {list(datasets.COLOUR_MODES)} for DIGITS")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: no CUDA GPU is visible; --device cpu works")
+    check_device(args.device)
+
+
+def check_device(name):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: must be cpu, cuda or cuda:N")
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"--device {name}: {gpus or 'no'} CUDA GPU is visible; --device cpu works")
 
 
 def prepare_output(args):
-    """Make the output folder. Raises UserError if nothing can be written there, or if it holds another run's work."""
+    """Make the folders for what is written. Raises UserError if that fails, or if one holds another run's work."""
     if not args.output_dir:
-        return log("no --output_dir: neither checkpoints nor logs will be written")
-    try:
-        os.makedirs(args.output_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
+        log("no --output_dir: neither checkpoints nor logs will be written")
+    for name in ("output_dir", "log_dir"):
+        folder = getattr(args, name)
+        if folder:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise UserError(f"--{name} {folder}: cannot be written: {error.strerror}") from None
+    if args.output_dir:
         utils.remove_half_written(args.output_dir)
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir}: cannot be written: {error.strerror}") from None
-    if not args.auto_resume and utils.list_checkpoints(args.output_dir):
+    if args.output_dir and not args.auto_resume and utils.list_checkpoints(args.output_dir):
         raise UserError(
             f"--output_dir {args.output_dir}: holds the checkpoints of a run; take another, or --auto_resume true"
         )
@@ -193,22 +216,27 @@ def resume(args, state):
     utils.load_weights(state.model, checkpoint, path)
     if checkpoint.get("format") is None:
         return log(f"weights from {path}, which another program wrote: training starts at epoch {args.start_epoch}")
-    if checkpoint["step"] and checkpoint["effective_batch_size"] != args.effective_batch_size:
-        raise UserError(
-            f"{path}: was saved within an epoch at an effective batch size of {checkpoint['effective_batch_size']}; "
-            f"it can only go on with the same, not {args.effective_batch_size}"
-        )
-    state.restore(checkpoint)
-    for name, value in checkpoint["args"].items():
-        if name in RUN_FLAGS and getattr(args, name) != value:
-            log(f"changed since {path}: --{name} {value} -> {getattr(args, name)}")
+    now = vars(args) | {"num_images": state.num_images}
+    try:
+        state.restore(checkpoint)
+        then = checkpoint["args"] | {"num_images": checkpoint["num_images"]}
+    except KeyError as error:
+        raise UserError(f"{path}: a checkpoint without {error}: cannot be gone on from") from None
+    for name in RUN_FLAGS:
+        if then.get(name) != now[name]:
+            log(f"changed since {path}: {name} {then.get(name)} -> {now[name]}")
+            if state.step and name in ("effective_batch_size", "num_images"):
+                raise UserError(
+                    f"{path}: saved within an epoch at {name.replace('_', ' ')} {then.get(name)}; "
+                    f"can only go on with the same, not {now[name]}"
+                )
     log(f"goes on from {path}: epoch {state.epoch}, step {state.step}")
 
 
-# Flags that decide a run's numbers: a resumed run says if they changed.
+# What decides a run's numbers: a resumed run says if it changed.
 RUN_FLAGS = (
     "epochs warmup_epochs seed mask_ratio norm_pix_loss lr min_lr weight_decay data_set data_path "
-    "input_size use_amp amp_dtype effective_batch_size"
+    "input_size use_amp amp_dtype effective_batch_size num_images"
 ).split()
 
 
@@ -231,6 +259,8 @@ def main(args):
     args.effective_batch_size = args.batch_size * args.update_freq * utils.get_world_size()
     if args.lr is None:
         args.lr = args.blr * args.effective_batch_size / 256
+    if args.min_lr > args.lr:
+        raise UserError(f"--min_lr {args.min_lr}: must not be more than the peak learning rate {args.lr:g}")
     prepare_output(args)
 
     # data
@@ -240,11 +270,10 @@ def main(args):
 
     # model and optimizer
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
     model = model_without_ddp = build_model(args).to(args.device)
     optimizer = torch.optim.AdamW(get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(args.device.partition(":")[0], enabled=args.use_amp and args.amp_dtype == "float16")
-    state = hooks.RunState(args, model_without_ddp, optimizer, scaler, sampler.steps_per_epoch)
+    state = hooks.RunState(args, model_without_ddp, optimizer, scaler, sampler.steps_per_epoch, len(images))
     resume(args, state)
     if args.compile:
         model = torch.compile(model)
@@ -256,7 +285,8 @@ def main(args):
         log(f"  {name}: {value}")
     log(
         f"{args.model}: {state.n_parameters / 1e6:.1f} M parameters with the decoder; {len(images)} images, "
-        f"{sampler.steps_per_epoch} steps of {args.effective_batch_size} an epoch; learning rate up to {args.lr:.2e}"
+        f"{sampler.steps_per_epoch} steps of {args.effective_batch_size} an epoch; learning rate up to {args.lr:.2e}; "
+        f"{loader.num_workers} loader workers"
     )
 
     # training

@@ -41,6 +41,10 @@ class UserError(Exception):
     """A person's mistake: told in one line saying what was given and what is accepted, exit status 2, no traceback."""
 
 
+class DamagedCheckpoint(UserError):
+    """A file that is not a whole checkpoint."""
+
+
 class TrainingError(Exception):
     """The run cannot go on, through nobody's typing error: told in one line, exit status 1, no traceback."""
 
@@ -75,8 +79,12 @@ def str2bool(text):
 def run_script(main, parser):
     """Parse the command line and call main(args); `UserError` ends the process with status 2, the rest with 1."""
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main(args)
+    except KeyboardInterrupt:
+        log("stopped by Ctrl-C; the same command goes on from the last checkpoint")
+        sys.exit(130)
     except (UserError, TrainingError) as error:
         sys.stdout.flush()
         if is_main_process():
@@ -97,7 +105,8 @@ def log(*words):
 
 
 def get_rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    """The number of this process; of one that has yet to join the others, as its launcher says."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def get_world_size():
@@ -116,6 +125,8 @@ def init_distributed_mode(args):
     env = os.environ
     args.rank, args.distributed = 0, False
     if args.dist_on_itp:
+        if "OMPI_COMM_WORLD_RANK" not in env:
+            raise UserError("--dist_on_itp true: no OMPI_COMM_WORLD_RANK in the environment; start with mpirun")
         args.rank, args.world_size = int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"])
         args.local_rank = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
         args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
@@ -138,7 +149,7 @@ def init_distributed_mode(args):
 
 def derive_seed(*key):
     """A 64-bit seed from non-negative integers, such as (seed, epoch, sample index): no two keys share a stream."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])
 
 
 # ---------------------------------------------------------------- learning rate
@@ -184,8 +195,9 @@ def write_whole(path, write):
 def remove_half_written(folder):
     """Remove what a process that was killed within `write_whole` has left."""
     if is_main_process():
-        for path in Path(folder).glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        for name in ("checkpoint-*.pth", "log.txt"):
+            for path in Path(folder).glob(f".{name}-*.tmp"):
+                path.unlink(missing_ok=True)
 
 
 def checkpoint_order(path):
@@ -226,44 +238,69 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, mo
     name = f"checkpoint-{epoch}.pth" if step is None else f"checkpoint-{epoch}-{step}.pth"
     try:
         write_whole(folder / name, lambda file: torch.save(checkpoint, file))
-    except RuntimeError as error:  # torch's own words for a failed write
-        raise OSError(f"{folder / name}: {error}") from error
-    of_this_kind = [path for path in list_checkpoints(folder) if (checkpoint_order(path)[1] == 0) == (step is None)]
-    for path in of_this_kind[args.save_ckpt_num :]:
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write in words of its own; the system's are behind them
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{folder / name}: {getattr(reason, 'strerror', None) or reason}") from error
+    order = checkpoint_order(name)
+    older = [path for path in list_checkpoints(folder) if checkpoint_order(path) < order]
+    for path in [path for path in older if (checkpoint_order(path)[1] == 0) == (step is None)][
+        args.save_ckpt_num - 1 :
+    ]:
         path.unlink()
 
 
 def load_checkpoint(path):
-    """The dict in a checkpoint file, of ours or of the original. Raises UserError if it cannot be read whole."""
+    """The dict in a checkpoint file, ours or the original's. Raises UserError, DamagedCheckpoint for a part of one."""
     try:
-        # The original pickles its flags as a Namespace: that one class is let through, nothing else.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        file = open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise UserError(f"{path}: not a whole checkpoint; accepted are files that torch.save wrote, uncut") from None
+    try:
+        # The original pickles its flags as a Namespace: that one class is let through, nothing else.
+        with file, torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise DamagedCheckpoint(f"{path}: not a whole checkpoint; accepted is what torch.save wrote, uncut") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}; accepted is a dict of weights")
     return checkpoint
 
 
 def newest_checkpoint(output_dir):
-    """The newest checkpoint of a run that loads, and its path, or (None, None). Names those passed over."""
-    for path in list_checkpoints(output_dir):
+    """The newest whole checkpoint of a run and its path, or (None, None) if the folder has none.
+
+    Damaged ones are named and passed over. Raises UserError if all are, or if one is not of this project.
+    """
+    paths = list_checkpoints(output_dir)
+    for path in paths:
         try:
-            return load_checkpoint(path), path
-        except UserError as error:
-            log(f"{error}. Passed over: the one before it is taken.")
+            checkpoint = load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            log(f"{error}. Passed over.")
+            continue
+        if "format" not in checkpoint:
+            raise UserError(f"{path}: not of this project: give it as --resume, with another --output_dir")
+        return checkpoint, path
+    if paths:
+        raise UserError(f"{output_dir}: none of its {len(paths)} checkpoints is whole; move them away to start anew")
     return None, None
 
 
-def load_weights(model, checkpoint, path):
-    """Load the "model" of a checkpoint, ours or one of the original's Minkowski training.
+def get_weights(checkpoint, path):
+    """The weights in a checkpoint, ours or of the original's Minkowski training, with this project's names and shapes.
 
-    Raises UserError, with a difference of each kind, if it is of another model.
+    Raises UserError if there are none.
     """
-    state = remap_checkpoint_keys(checkpoint.get("model", checkpoint))
+    state = checkpoint.get("model", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise UserError(f"{path}: holds no weights; accepted is a dict of tensors by name, or one under 'model'")
+    return remap_checkpoint_keys(state)
+
+
+def load_weights(model, checkpoint, path):
+    """Load the weights of a checkpoint. Raises UserError, with a difference of each kind, if it is of another model."""
+    state = get_weights(checkpoint, path)
     own = model.state_dict()
     differences = [
         [f"{name} is missing" for name in own if name not in state],

@@ -53,6 +53,10 @@ def test_16_bit_grey_keeps_its_upper_byte(tmp_path):
     assert np.array_equal(np.asarray(read_image(sixteen, 1)), GREY)
     tiff = saved(tmp_path, Image.fromarray(GREY.astype(np.uint16) * 256 + 17), "sixteen.tif")
     assert np.array_equal(np.asarray(read_image(tiff, 3))[..., 2], GREY)
+    big_endian = saved(tmp_path, Image.fromarray(GREY.astype(">u2") * 256 + 17), "big_endian.tif")
+    assert np.array_equal(np.asarray(read_image(big_endian, 1)), GREY)
+    (tmp_path / "sixteen.pgm").write_bytes(b"P5 8 8 65535\n" + (GREY.astype(">u2") * 256 + 17).tobytes())
+    assert np.array_equal(np.asarray(read_image(tmp_path / "sixteen.pgm", 1)), GREY)
 
 
 def test_floating_point_grey_is_stretched(tmp_path):
@@ -76,6 +80,13 @@ def test_folders_flat_and_nested_without_hidden_files(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / name, format="png")
     assert find_images(tmp_path) == [str(tmp_path / "b.png"), str(tmp_path / "deep/er/a.PNG")]
+
+
+def test_links_in_circles_are_walked_once(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    (tmp_path / "up").symlink_to(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert find_images(tmp_path) == [str(tmp_path / "a.png")]
 
 
 def test_train_folder_is_used_if_there(tmp_path):

@@ -1,7 +1,11 @@
 """A run leaves what it promises, its flags do what they say, and it goes on after a stop as if there had been none."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,9 @@ from conftest import SMALL, assert_same_weights, weights
 from PIL import Image
 
 import utils
+from models.fcmae import FCMAE
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -145,10 +152,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(finished, small,
 
 def test_log_txt_has_no_epoch_twice(finished, small, pretrain, tmp_path):
     (tmp_path / "checkpoint-0.pth").write_bytes((finished / "checkpoint-0.pth").read_bytes())
-    log = (finished / "log.txt").read_text()
-    (tmp_path / "log.txt").write_text(log + '{"train_loss": 0.5, "epo')  # killed in epoch 2, after its line for epoch 1
+    log = (finished / "log.txt").read_text()  # as if killed after the line for epoch 1
+    (tmp_path / "log.txt").write_text("a note\n" + log + "{}\n")
     pretrain(*small, "--output_dir", tmp_path)
-    assert (tmp_path / "log.txt").read_text() == log
+    first, second = log.splitlines(keepends=True)
+    assert (tmp_path / "log.txt").read_text() == "a note\n" + first + "{}\n" + second  # what is not ours stays
 
 
 def test_the_output_folder_wins_over_resume(finished, small, pretrain, tmp_path):
@@ -168,8 +176,38 @@ def test_a_finished_run_says_so(finished, small, pretrain, tmp_path):
 
 def test_another_batch_size_within_an_epoch_is_refused(finished, small, pretrain):
     result = pretrain(*small, "--batch_size", 2, "--resume", finished / "checkpoint-0-4.pth")
-    assert result.status == 2 and "effective batch size of 4" in result.err
+    assert result.status == 2 and "effective batch size 4; can only go on with the same, not 2" in result.err
     assert pretrain(*small, "--batch_size", 2, "--epochs", 1, "--resume", finished / "checkpoint-0.pth").status == 0
+
+
+def test_other_images_within_an_epoch_are_refused(finished, small, pretrain, tmp_path, image_folder):
+    for path in list(image_folder.glob("*/*.png"))[:-1]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    result = pretrain(*small, "--data_path", tmp_path, "--resume", finished / "checkpoint-0-4.pth")
+    assert result.status == 2 and "num images 22; can only go on with the same, not 21" in result.err
+
+
+def test_damaged_checkpoints_alone_do_not_start_a_new_run(small, pretrain, tmp_path):
+    (tmp_path / "checkpoint-5.pth").write_bytes(b"")
+    (tmp_path / "log.txt").write_text('{"epoch": 5}\n')
+    result = pretrain(*small, "--output_dir", tmp_path)
+    assert result.status == 2 and "none of its 1 checkpoints is whole" in result.err
+    assert (tmp_path / "log.txt").read_text() == '{"epoch": 5}\n'
+
+
+def test_a_checkpoint_is_never_deleted_for_a_later_one(finished, small, pretrain, tmp_path):
+    """Damaged files with higher numbers do not push out what the run writes."""
+    (tmp_path / "checkpoint-0.pth").write_bytes((finished / "checkpoint-0.pth").read_bytes())
+    for number in (7, 8, 9):
+        (tmp_path / f"checkpoint-{number}.pth").write_bytes(b"")
+    pretrain(*small, "--output_dir", tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [f"checkpoint-{n}.pth" for n in (0, 1, 7, 8, 9)]
+
+
+def test_checkpoints_of_another_program_are_not_gone_on_from(small, pretrain, tmp_path):
+    torch.save({"model": {}}, tmp_path / "checkpoint-799.pth")
+    result = pretrain(*small, "--output_dir", tmp_path)
+    assert result.status == 2 and "not of this project: give it as --resume" in result.err
 
 
 def test_resume_of_another_size_of_model_is_refused(finished, small, pretrain):
@@ -193,10 +231,15 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(small, pretrain
     monkeypatch.setattr(utils, "save_model", save_with_limit)
     result = pretrain(*small, "--epochs", 3, "--batch_size", 11, "--output_dir", tmp_path, "--picture_freq", 0)
     assert result.status == 0
-    assert "checkpoint not saved" in result.out and "checkpoint-1.pth" in result.out
+    assert "checkpoint not saved" in result.out and "checkpoint-1.pth: File too large" in result.out
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-2.pth"]
     assert not list(tmp_path.glob(".*"))
     utils.load_checkpoint(tmp_path / "checkpoint-0.pth")
+    result = pretrain(*small, "--epochs", 2, "--batch_size", 11, "--output_dir", tmp_path / "b", "--resume", "")
+    assert result.status == 0
+    saves.clear()
+    result = pretrain(*small, "--epochs", 2, "--batch_size", 11, "--output_dir", tmp_path / "c")
+    assert result.status == 1 and "the last checkpoint could not be saved" in result.err
 
 
 # ---------------------------------------------------------------- flags change what they say
@@ -259,9 +302,25 @@ def test_start_epoch_enters_the_schedule_late(small, pretrain, tmp_path):
     assert "epoch 0/2" not in result.out and "epoch 1/2" in result.out
 
 
-def test_compiled_and_fp16_training_run(small, pretrain, tmp_path):
+def test_compile_and_amp_dtype_reach_the_model(small, pretrain, monkeypatch):
+    compiled, dtypes = [], []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    loss = FCMAE.forward_loss
+    monkeypatch.setattr(FCMAE, "forward_loss", lambda *args: dtypes.append(args[2].dtype) or loss(*args))
     result = pretrain(*small, "--epochs", 1, "--use_amp", "true", "--amp_dtype", "float16", "--compile")
-    assert result.status == 0 and "loss" in result.out
+    assert result.status == 0 and len(compiled) == 1 and set(dtypes) == {torch.float16}
+
+
+def test_two_processes_train_as_one(small, pretrain, tmp_path):
+    """To float32 rounding; so does the run as a whole, which ends without a word on standard error."""
+    one = final_weights(pretrain, [*small, "--batch_size", 4], tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_pretrain.py"]
+    flags = [*small, "--batch_size", 2, "--output_dir", tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *map(str, flags)], cwd=ROOT, check=True, capture_output=True, env=environment)
+    two = weights(tmp_path / "two", "checkpoint-1.pth")
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=2e-5), name
 
 
 def test_a_flag_file_is_read_and_later_flags_win(small, pretrain, tmp_path):
@@ -298,11 +357,23 @@ def test_unreadable_images_are_named_counted_and_left_out(small, pretrain, tmp_p
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(small, pretrain, tmp_path):
-    result = pretrain(*small, "--epochs", 4, "--lr", 1e18, "--output_dir", tmp_path, "--save_ckpt_steps", 1)
+    result = pretrain(*small, "--epochs", 4, "--lr", 1e18, "--output_dir", tmp_path / "loss")
     assert result.status == 1
     assert "error: loss is nan in epoch" in result.err and len(result.err.strip().splitlines()) == 1
-    for path in tmp_path.glob("*.pth"):
-        assert utils.load_checkpoint(path)["epoch_loss"][0] < float("inf")
+    result = pretrain(*small, "--warmup_epochs", 0, "--lr", 1e38, "--output_dir", tmp_path, "--save_ckpt_steps", 1)
+    assert result.status == 1
+    assert "error: weights are not finite after step" in result.err or "error: loss is nan" in result.err
+    for path in tmp_path.glob("**/*.pth"):
+        assert all(value.isfinite().all() for value in utils.load_checkpoint(path)["model"].values())
+
+
+def test_ctrl_c_ends_in_one_line(small, pretrain, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hooks.Console.on_log", interrupt)
+    result = pretrain(*small)
+    assert result.status == 130 and "goes on from the last checkpoint" in result.out and not result.err
 
 
 def test_the_loss_falls(pretrain, tmp_path):

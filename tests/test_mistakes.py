@@ -29,6 +29,17 @@ def assert_one_clear_line(result, *words):
         ("--mask_ratio 1", ["--mask_ratio 1"]),
         ("--mask_ratio 1.5", ["--mask_ratio 1.5", "between 0 and 1"]),
         ("--mask_ratio -0.5", ["--mask_ratio -0.5"]),
+        ("--mask_ratio nan", ["--mask_ratio nan"]),
+        ("--lr nan", ["--lr nan"]),
+        ("--blr -1", ["--blr -1"]),
+        ("--weight_decay inf", ["--weight_decay inf"]),
+        ("--min_lr 1 --lr 1e-4", ["--min_lr 1.0", "0.0001"]),
+        ("--seed -1", ["--seed -1"]),
+        ("--seed 99999999999999999999", ["--seed 99999999999999999999"]),
+        ("--start_epoch 900", ["--start_epoch 900", "--epochs 800"]),
+        ("--device gpu", ["--device gpu", "cpu, cuda"]),
+        ("--dist_on_itp true", ["--dist_on_itp true", "mpirun"]),
+        ("--log_dir /dev/null/run", ["/dev/null/run", "cannot be written"]),
         ("--batch_size 0", ["--batch_size 0", "at least 1"]),
         ("--epochs 0", ["--epochs 0"]),
         ("--warmup_epochs -1", ["--warmup_epochs -1"]),
@@ -56,6 +67,7 @@ def test_wrong_flags(pretrain, flags, words):
 
 def test_no_data_path(pretrain):
     assert_one_clear_line(pretrain(*SMALL), "--data_path", "DIGITS")
+    assert_one_clear_line(pretrain(*SMALL, "--data_path", ""), "--data_path", "DIGITS")
 
 
 def test_no_such_folder(pretrain, tmp_path):
@@ -104,6 +116,12 @@ def test_resume_of_something_else(pretrain, tmp_path):
     path = tmp_path / "list.pth"
     torch.save([1, 2], path)
     assert_one_clear_line(pretrain(*DIGITS, "--resume", path), path, "list", "dict of weights")
+
+
+@pytest.mark.parametrize("content", [{"model": [1]}, {1: torch.zeros(1)}, {"a.bias": 3}])
+def test_resume_of_a_dict_without_weights(pretrain, tmp_path, content):
+    torch.save(content, tmp_path / "odd.pth")
+    assert_one_clear_line(pretrain(*DIGITS, "--resume", tmp_path / "odd.pth"), "odd.pth", "holds no weights")
 
 
 def test_resume_of_another_model(pretrain, tmp_path):

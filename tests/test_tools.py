@@ -62,8 +62,8 @@ def test_reconstruct_draws_from_a_checkpoint_of_the_original(tool, original, tmp
         ("--images /no/such.jpg", "/no/such.jpg: cannot be read"),
         ("--output /no/such/folder/a.png", "/no/such/folder/a.png: No such file"),
         ("--output /tmp/picture", "/tmp/picture: unknown file extension"),
-        ("--input_size 100", "100 100: both must be multiples of 32"),
-        ("--mask_ratio 1", "--mask_ratio 1.0 leaves 0 of 16"),
+        ("--input_size 100", "100: must be one or two multiples of 32"),
+        ("--mask_ratio 1", "--mask_ratio 1.0: must be between 0 and 1"),
     ],
 )
 def test_reconstruct_tells_mistakes_in_one_line(tool, original, tmp_path, image_folder, flags, word):

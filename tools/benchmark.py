@@ -39,6 +39,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
+import utils  # isort: skip  # noqa: F401  (before torch: sets how threads wait)
 import torch
 from torch import nn
 
@@ -257,8 +258,11 @@ def print_table(result):
             print(f"{row['contestant']:16}  failed: {row['error']}")
             continue
         spread = f"{min(row['times_ms']):.1f} - {max(row['times_ms']):.1f}"
-        ratio, peak = ("-" if value is None else value for value in (row["times_packed"], row["peak_mib"]))
-        print(f"{row['contestant']:16}{row['median_ms']:>10}{spread:>18}{row['images_per_s']:>10}{ratio:>10}{peak:>10}")
+        ratio = "-" if row["times_packed"] is None else f"{row['times_packed']:.2f}"
+        peak = "-" if row["peak_mib"] is None else row["peak_mib"]
+        print(
+            f"{row['contestant']:16}{row['median_ms']:>10.1f}{spread:>18}{row['images_per_s']:>10}{ratio:>10}{peak:>10}"
+        )
 
 
 def why_no_minkowski(args):

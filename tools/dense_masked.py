@@ -11,8 +11,9 @@ from torch import nn
 
 
 def layer_norm(norm, x):
-    """LayerNorm over the channels of (N, C, H, W)."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, 1e-6).permute(0, 3, 1, 2)
+    """LayerNorm over the channels of (N, C, H, W), which stays in that layout."""
+    x = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, norm.eps)
+    return x.permute(0, 3, 1, 2).contiguous()
 
 
 class DenseMasked(nn.Module):

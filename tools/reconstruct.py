@@ -53,18 +53,22 @@ def main(args):
     checkpoint = utils.load_checkpoint(args.checkpoint)
     trained = checkpoint.get("args", {})
     trained = trained if isinstance(trained, dict) else vars(trained)
+    state = utils.get_weights(checkpoint, args.checkpoint)
     try:
-        state = utils.remap_checkpoint_keys(checkpoint.get("model", checkpoint))
         model = from_state_dict(state, trained.get("norm_pix_loss", True))
-    except ValueError as error:
-        raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"--checkpoint {args.checkpoint}: {' '.join(str(error).split())}") from None
 
     size = args.input_size or trained.get("input_size", 224)
     size = [size] if isinstance(size, int) else list(size)
+    if len(size) > 2 or any(side % model.patch_size or side < model.patch_size for side in size):
+        raise UserError(f"--input_size {' '.join(map(str, size))}: must be one or two multiples of {model.patch_size}")
     size = (size[0], size[-1])
-    if any(side % model.patch_size or side < model.patch_size for side in size):
-        raise UserError(f"--input_size {size[0]} {size[1]}: both must be multiples of {model.patch_size}")
     mask_ratio = trained.get("mask_ratio", 0.6) if args.mask_ratio is None else args.mask_ratio
+    if not 0 < mask_ratio < 1:
+        raise UserError(f"--mask_ratio {mask_ratio}: must be between 0 and 1")
+    if Path(args.output).resolve() in [Path(image).resolve() for image in args.images]:
+        raise UserError(f"--output {args.output}: is one of the images")
 
     images = read_images(args.images, model.in_chans, size)
     torch.manual_seed(args.seed)
