@@ -53,9 +53,11 @@ def test_16_bit_grey_keeps_its_upper_byte(tmp_path):
     assert np.array_equal(np.asarray(read_image(sixteen, 1)), GREY)
     tiff = saved(tmp_path, Image.fromarray(GREY.astype(np.uint16) * 256 + 17), "sixteen.tif")
     assert np.array_equal(np.asarray(read_image(tiff, 3))[..., 2], GREY)
-    big_endian = saved(tmp_path, Image.fromarray(GREY.astype(">u2") * 256 + 17), "big_endian.tif")
+    big_endian = saved(tmp_path, Image.fromarray((GREY.astype(np.uint16) * 256 + 17).astype(">u2")), "big_endian.tif")
     assert np.array_equal(np.asarray(read_image(big_endian, 1)), GREY)
-    (tmp_path / "sixteen.pgm").write_bytes(b"P5 8 8 65535\n" + (GREY.astype(">u2") * 256 + 17).tobytes())
+    (tmp_path / "sixteen.pgm").write_bytes(
+        b"P5 8 8 65535\n" + (GREY.astype(np.uint16) * 256 + 17).astype(">u2").tobytes()
+    )
     assert np.array_equal(np.asarray(read_image(tmp_path / "sixteen.pgm", 1)), GREY)
 
 

@@ -165,7 +165,7 @@ def test_the_output_folder_wins_over_resume(finished, small, pretrain, tmp_path)
     assert f"goes on from {start}: epoch 0, step 4" in result.out
     result = pretrain(*small, "--epochs", 2, "--output_dir", tmp_path, "--resume", start)
     assert f"goes on from {tmp_path / 'checkpoint-0.pth'}: epoch 1, step 0" in result.out
-    assert f"changed since {tmp_path / 'checkpoint-0.pth'}: --epochs 1 -> 2" in result.out
+    assert f"changed since {tmp_path / 'checkpoint-0.pth'}: epochs 1 -> 2" in result.out
 
 
 def test_a_finished_run_says_so(finished, small, pretrain, tmp_path):
@@ -265,7 +265,7 @@ def test_the_same_flags_give_the_same_weights_whatever_is_observed(finished, sma
         "--weight_decay 0.5",
         "--blr 1e-3",
         "--lr 1e-3",
-        "--min_lr 1e-5",
+        "--min_lr 1e-6",
         "--warmup_epochs 0",
         "--update_freq 2",
         "--use_amp true",
@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     result = pretrain(*small, "--epochs", 4, "--lr", 1e18, "--output_dir", tmp_path / "loss")
     assert result.status == 1
     assert "error: loss is nan in epoch" in result.err and len(result.err.strip().splitlines()) == 1
-    result = pretrain(*small, "--warmup_epochs", 0, "--lr", 1e38, "--output_dir", tmp_path, "--save_ckpt_steps", 1)
+    result = pretrain(*small, "--warmup_epochs", 0, "--lr", 1e37, "--output_dir", tmp_path, "--save_ckpt_steps", 1)
     assert result.status == 1
     assert "error: weights are not finite after step" in result.err or "error: loss is nan" in result.err
     for path in tmp_path.glob("**/*.pth"):
