@@ -14,9 +14,9 @@ import argparse
 import math
 import os
 
-# Read when torch is first imported, so this module comes before it: threads that spin while they wait for each other
-# make a CPU run many times slower as soon as loader workers or other programs share its cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is first imported, so this module comes before it: threads that spin long while they wait for each
+# other make a CPU run many times slower as soon as loader workers or other programs share its cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # ruff: noqa: E402
 import pickle
