@@ -57,11 +57,12 @@ class MinkowskiConvNeXtV2(SparseConvNeXtV2):
         depthwise = getattr(ME, "MinkowskiDepthwiseConvolution", ME.MinkowskiChannelwiseConvolution)
         dims = [norm.normalized_shape[0] for norm, _ in list(self.downsample_layers)[1:]]
         dims.append(self.downsample_layers[-1][1].out_channels)
-        self.depthwise = nn.ModuleList(MinkowskiConv(depthwise(dim, kernel_size=7, dimension=2)) for dim in dims)
-        self.pool = nn.ModuleList(
-            MinkowskiConv(ME.MinkowskiConvolution(a, b, kernel_size=2, stride=2, dimension=2))
-            for a, b in zip(dims[:-1], dims[1:], strict=True)
-        )
+        with torch.random.fork_rng(devices=[]):  # their own initial weights, not used, shall not shift those that are
+            self.depthwise = nn.ModuleList(MinkowskiConv(depthwise(dim, kernel_size=7, dimension=2)) for dim in dims)
+            self.pool = nn.ModuleList(
+                MinkowskiConv(ME.MinkowskiConvolution(a, b, kernel_size=2, stride=2, dimension=2))
+                for a, b in zip(dims[:-1], dims[1:], strict=True)
+            )
 
     def forward(self, imgs, mask, num_visible=None):
         """As of `SparseConvNeXtV2`; num_visible is not needed."""

@@ -394,3 +394,14 @@ def test_the_loss_falls(pretrain, tmp_path):
     assert result.status == 0
     losses = [float(line.split("loss ")[1].split()[0]) for line in result.out.splitlines() if line.startswith("epoch ")]
     assert losses[-1] < losses[0] - 0.2
+
+
+def test_sparse_backends_train_alike(small, pretrain, tmp_path):
+    """To float32 rounding, over ten steps."""
+    if not os.environ.get("REQUIRE_MINKOWSKI"):
+        pytest.importorskip("models.convnextv2_minkowski", exc_type=ImportError)
+    packed = final_weights(pretrain, small, tmp_path / "packed")
+    minkowski = final_weights(pretrain, small, tmp_path / "minkowski", "--sparse_backend", "minkowski")
+    assert any(not torch.equal(value, minkowski[name]) for name, value in packed.items())  # it was used
+    for name, value in packed.items():
+        assert torch.allclose(value, minkowski[name], atol=2e-5), name
