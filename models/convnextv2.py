@@ -9,7 +9,7 @@ from torch import nn
 
 from models.utils import GRN, LayerNorm, depthwise_conv, init_weights
 
-# Table 9 of the paper: blocks and channels of the four stages
+# Appendix A of the paper: blocks and channels of the four stages
 SIZES = {
     "convnextv2_atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
     "convnextv2_femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384)),

@@ -53,7 +53,7 @@ class _GRN(torch.autograd.Function):
 
 
 class GRN(nn.Module):
-    """Global response normalisation (section 3.4, algorithm 1) of (N, ..., C): per image, over space, for each channel.
+    """Global response normalisation (section 4, algorithm 1) of (N, ..., C): per image, over space, for each channel.
 
     Everything between the first and the last axis is space, so the same layer serves the dense (N, H, W, C) and the
     packed (N, S, C).
