@@ -274,7 +274,7 @@ class TensorBoard(Hook):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         # What an earlier process of this run wrote beyond its last checkpoint is taken back.
-        state.writer = self.writer = SummaryWriter(self.log_dir, purge_step=int(1000 * state.epochs_done))
+        state.writer = self.writer = SummaryWriter(self.log_dir, purge_step=int(1000 * state.epochs_done) + 1)
 
     def on_log(self, state):
         at = int(1000 * state.epochs_done)
