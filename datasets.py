@@ -14,10 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import create_transform
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import InterpolationMode, v2
 
-from utils import UserError, derive_seed, get_rank, get_world_size
+from utils import UserError, derive_seed, get_rank, get_world_size, main_process_first
 
 COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow names these but cannot read them
@@ -73,6 +80,22 @@ def read_image(path, in_chans):
         return image.convert(COLOUR_MODES[in_chans])
 
 
+def read_files(flag, paths, in_chans, transform):
+    """Yield each image of files and of folders of them: its path, and transform(image).
+
+    Raises UserError, beginning with flag, if there is none, and for one that cannot be read.
+    """
+    files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
+    if not files:
+        raise UserError(f"{flag} {' '.join(paths)}: no image there")
+    for file in files:
+        try:
+            image = read_image(file, in_chans)
+        except Exception as error:  # Pillow's plugins raise nearly everything
+            raise UserError(f"{flag} {file}: cannot be read: {error}") from None
+        yield file, transform(image)
+
+
 def to_8_bits(grey, sixteen):
     """A grey image of 16 bits, of either byte order or held in 32, or one of 32 bits, with 8."""
     array = np.asarray(grey)
@@ -100,6 +123,33 @@ class ImageFolder:
         return read_image(self.name(index), self.in_chans)
 
 
+class ClassFolders(ImageFolder):
+    """The images below a folder's class folders, with `targets`, numbers of `class_names` (default: the folders found).
+
+    Raises UserError for a class folder that is not among class_names, and for images outside of any.
+    """
+
+    def __init__(self, folder, in_chans, class_names=None):
+        super().__init__(folder, in_chans)
+        own = [Path(self.name(index)).relative_to(folder).parts[0] for index in range(len(self))]
+        loose = [name for name in set(own) if not (Path(folder) / name).is_dir()]
+        if loose:
+            raise UserError(f"{folder}: {loose[0]} lies beside the class folders; accepted is one folder a class")
+        self.class_names = sorted(set(own)) if class_names is None else list(class_names)
+        unknown = sorted(set(own) - set(self.class_names))
+        if unknown:
+            raise UserError(
+                f"{folder}: class folder {unknown[0]} ({len(unknown)} such) is not among the "
+                f"{len(self.class_names)} classes that the model has: {shorten(self.class_names)}"
+            )
+        number = {name: i for i, name in enumerate(self.class_names)}
+        self.targets = np.array([number[name] for name in own], dtype=np.int64)
+
+
+def shorten(names, most=4):
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 class Digits:
     """scikit-learn's 1797 handwritten digits of 8 x 8 pixels, which need no download. A fixed fifth is held out."""
 
@@ -111,6 +161,8 @@ class Digits:
         held_out = len(order) // 5
         self.numbers = np.sort(order[held_out:] if train else order[:held_out])
         self.images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        self.targets = digits.target[self.numbers]
+        self.class_names = [str(name) for name in digits.target_names]
         self.in_chans = in_chans
 
     def __len__(self):
@@ -123,6 +175,48 @@ class Digits:
         return Image.fromarray(self.images[self.numbers[index]]).convert(COLOUR_MODES[self.in_chans])
 
 
+class Cifar:
+    """CIFAR-10 or CIFAR-100 in a folder, downloaded into it if it is not there."""
+
+    def __init__(self, kind, folder, train, in_chans):
+        try:
+            self.data = kind(folder, train=train, download=True)
+        except Exception as error:  # of the network, the disk or the archive
+            raise UserError(
+                f"--data_path {folder}: {kind.__name__} is neither there nor can it be downloaded: {error}"
+            ) from None
+        self.folder, self.in_chans = folder, in_chans
+        self.targets = np.array(self.data.targets)
+        self.class_names = list(self.data.classes)
+
+    def __len__(self):
+        return len(self.data)
+
+    def name(self, index):
+        return f"{self.folder}, image {index}"
+
+    def read(self, index):
+        return self.data[index][0].convert(COLOUR_MODES[self.in_chans])
+
+
+class Subset:
+    """The first `count` images of each class of other images."""
+
+    def __init__(self, images, count):
+        targets = np.asarray(images.targets)
+        self.numbers = np.sort(np.concatenate([np.flatnonzero(targets == t)[:count] for t in np.unique(targets)]))
+        self.images, self.targets, self.class_names = images, targets[self.numbers], images.class_names
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def name(self, index):
+        return self.images.name(self.numbers[index])
+
+    def read(self, index):
+        return self.images.read(self.numbers[index])
+
+
 def build_pretrain_images(args):
     """The unlabelled images that --data_set and --data_path name. Raises UserError if there are none."""
     if args.data_set == "DIGITS":
@@ -130,21 +224,57 @@ def build_pretrain_images(args):
     folder = Path(args.data_path)
     if (folder / "train").is_dir():
         folder = folder / "train"
+    check_folder("--data_path", args.data_path, folder, "a folder of images, or --data_set DIGITS")
+    return check_images("--data_path", ImageFolder(folder, args.in_chans), folder)
+
+
+def check_folder(flag, given, folder, accepted):
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"--data_path {args.data_path}: {what}; accepted is a folder of images, or --data_set DIGITS")
-    images = ImageFolder(folder, args.in_chans)
+        where = "" if Path(given) == folder else f" {folder}"
+        raise UserError(f"{flag} {given}: {what}{where}; accepted is {accepted}")
+
+
+def check_images(flag, images, folder):
+    """Images of a folder, or UserError if there are none or none of the first ones can be read."""
     if not len(images):
-        raise UserError(
-            f"--data_path {args.data_path}: no image in {folder}; accepted are files that Pillow reads, and .npy"
-        )
+        raise UserError(f"{flag} {folder}: no image there; accepted are files that Pillow reads, and .npy")
     errors = []
     for index in range(min(len(images), 100)):
         image, error = try_read(images, index)
         if error is None:
             return images
         errors.append(error)
-    raise UserError(f"--data_path {args.data_path}: none of the first {len(errors)} images can be read: {errors[0]}")
+    raise UserError(f"{flag} {folder}: none of the first {len(errors)} images can be read: {errors[0]}")
+
+
+def build_images(is_train, args, class_names=None):
+    """The labelled images of --data_set, with `targets` and `class_names`. Raises UserError if there are none.
+
+    class_names: the classes of the training images or of the checkpoint, for a folder that may lack some.
+    """
+    if args.data_set == "DIGITS":
+        images = Digits(is_train, args.in_chans)
+    elif args.data_set in ("CIFAR", "CIFAR10"):
+        kind = CIFAR100 if args.data_set == "CIFAR" else CIFAR10
+        images = main_process_first(lambda: Cifar(kind, args.data_path, is_train, args.in_chans))
+    else:
+        flag, folder = labelled_folder(is_train, args)
+        check_folder(flag, getattr(args, flag[2:]), folder, "a folder with a folder of images for each class")
+        images = check_images(flag, ClassFolders(folder, args.in_chans, class_names), folder)
+    if is_train and args.images_per_class:
+        images = Subset(images, args.images_per_class)
+    return images
+
+
+def labelled_folder(is_train, args):
+    """Which flag names the class folders, and where they are: in train/ or val/ if there is one."""
+    if not is_train and args.eval_data_path:
+        return "--eval_data_path", Path(args.eval_data_path)
+    folder = Path(args.data_path)
+    part = folder / ("train" if is_train else "val")
+    # IMNET demands the parts; image_folder may be the class folders themselves
+    return "--data_path", part if part.is_dir() or args.data_set == "IMNET" or not is_train else folder
 
 
 def try_read(images, index):
@@ -187,11 +317,33 @@ class Batch(NamedTuple):
         return Batch(torch.stack(imgs), torch.stack(noise), [name for names in unreadable for name in names])
 
 
+class LabelledBatch(NamedTuple):
+    """What the loaders of fine-tuning and evaluation yield."""
+
+    imgs: torch.Tensor  # (N, C, H, W) float32, normalised
+    targets: torch.Tensor  # (N,) class numbers
+    indices: torch.Tensor  # (N,) which images of the data set these are
+    unreadable: list  # as above; in evaluation they are left out of the batch
+
+    @staticmethod
+    def collate(samples):
+        imgs, targets, indices, unreadable = zip(*samples, strict=True)
+        read = [image for image in imgs if image is not None]
+        return LabelledBatch(
+            torch.stack(read) if read else torch.empty(0),
+            torch.tensor([target for target in targets if target is not None]),
+            torch.tensor([index for index in indices if index is not None]),
+            [name for names in unreadable for name in names],
+        )
+
+
 class PretrainDataset(torch.utils.data.Dataset):
     """Augmented images with the noise of their masks; `dataset[epoch, index]`.
 
     For an image that cannot be read the next one that can stands in, and the sample says so.
     """
+
+    collate = staticmethod(Batch.collate)
 
     def __init__(self, images, input_size, num_patches, seed):
         self.images = images
@@ -208,24 +360,110 @@ class PretrainDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """(epoch, index) -> image (C, H, W) uint8, noise (L,), names of files that could not be read."""
         epoch, index = key
-        image, unreadable = self.read(index)
+        image, _, unreadable = read_or_next(self.images, index)
         with randomness_of(self.seed, epoch, index):
             noise = torch.rand(self.num_patches)
             return self.transform(image), noise, unreadable
 
-    def read(self, index):
-        unreadable = []
-        for shift in range(len(self.images)):
-            image, error = try_read(self.images, (index + shift) % len(self.images))
-            if error is None:
-                return image, unreadable
-            unreadable.append(error)
-        raise OSError(f"none of the {len(self.images)} images can be read any more; the first: {unreadable[0]}")
+
+def read_or_next(images, index):
+    """The image of that number, or the next that can be read: image, its number, names of those that could not be."""
+    unreadable = []
+    for number in (*range(index, len(images)), *range(index)):
+        image, error = try_read(images, number)
+        if error is None:
+            return image, number, unreadable
+        unreadable.append(error)
+    raise OSError(f"none of the {len(images)} images can be read any more; the first: {unreadable[0]}")
 
 
-def pixel_statistics(in_chans):
-    """Mean and standard deviation of each channel, in [0, 1]: ImageNet's, or their averages if not 3 channels."""
+class TrainDataset(torch.utils.data.Dataset):
+    """Augmented images with their classes; `dataset[epoch, index]`. Stand-ins as in `PretrainDataset`."""
+
+    collate = staticmethod(LabelledBatch.collate)
+
+    def __init__(self, images, transform, seed):
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __getitem__(self, key):
+        """(epoch, index) -> image (C, H, W) float32, class, index, names of files that could not be read."""
+        epoch, index = key
+        image, number, unreadable = read_or_next(self.images, index)
+        with randomness_of(self.seed, epoch, index):
+            return self.transform(image), int(self.images.targets[number]), number, unreadable
+
+
+class EvalDataset(torch.utils.data.Dataset):
+    """Images with their classes; `dataset[index]`. An image that cannot be read is left out, and the sample says so."""
+
+    collate = staticmethod(LabelledBatch.collate)
+
+    def __init__(self, images, transform):
+        self.images, self.transform = images, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        """index -> image (C, H, W) float32, class, index, []; or None three times and the name of the file."""
+        image, error = try_read(self.images, index)
+        if error is not None:
+            return None, None, None, [error]
+        return self.transform(image), int(self.images.targets[index]), index, []
+
+
+def build_dataset(is_train, args, class_names=None):
+    """The data set of --data_set for training or evaluation, and its number of classes. See `build_images`."""
+    images = build_images(is_train, args, class_names)
+    transform = build_transform(is_train, args)
+    dataset = TrainDataset(images, transform, args.seed) if is_train else EvalDataset(images, transform)
+    return dataset, len(images.class_names)
+
+
+def build_transform(is_train, args):
+    """timm's transform of a Pillow image or a uint8 tensor (C, H, W) to normalised float32 (C, height, width).
+
+    Training: random crop, flip, RandAugment or colour jitter, random erasing. Evaluation: the shorter side resized to
+    size / crop_pct and the centre cut out; without crop_pct, up to 32 and from 384 pixels on, resized to the very size.
+    """
+    mean, std = pixel_statistics(args.in_chans, imagenet=args.imagenet_default_mean_and_std)
+    size, smallest = args.input_size, min(args.input_size)
+    options = dict(input_size=(args.in_chans, *size), mean=mean.tolist(), std=std.tolist())
+    if is_train:
+        transform = create_transform(
+            **options,
+            is_training=True,
+            hflip=args.hflip,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            interpolation=args.train_interpolation,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+        if smallest <= 32:  # as usual for CIFAR: whole images, shifted by up to 4 pixels
+            resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC)
+            transform.transforms[0] = v2.Compose([resize, v2.RandomCrop(size, padding=4)])
+    elif args.crop_pct or 32 < smallest < 384:
+        transform = create_transform(**options, interpolation="bicubic", crop_pct=args.crop_pct or 224 / 256)
+    else:
+        transform = create_transform(**options, interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
+    return v2.Compose([as_float, *transform.transforms])
+
+
+def as_float(image):
+    """An array of an .npy file in [0, 1], as a Pillow image will be when it becomes a tensor."""
+    return image / 255 if torch.is_tensor(image) else image
+
+
+def pixel_statistics(in_chans, imagenet=True):
+    """Mean and standard deviation of each channel, in [0, 1]: ImageNet's, or their averages if not 3 channels.
+
+    imagenet: False for 0.5 and 0.5, Inception's.
+    """
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    if not imagenet:
+        mean, std = torch.tensor(IMAGENET_INCEPTION_MEAN), torch.tensor(IMAGENET_INCEPTION_STD)
     return (mean, std) if in_chans == 3 else (mean.mean().expand(in_chans), std.mean().expand(in_chans))
 
 
@@ -272,8 +510,8 @@ class EpochSampler(torch.utils.data.Sampler):
             yield [(epoch, int(index)) for index in order[first : first + self.batch_size]]
 
 
-def build_pretrain_loader(dataset, args):
-    """The loader of `Batch`es and its sampler. Raises UserError if the images make no whole optimizer step."""
+def build_train_loader(dataset, args):
+    """The loader of a training set's batches and its sampler. Raises UserError if there is no whole optimizer step."""
     sampler = EpochSampler(
         len(dataset.images), args.batch_size, args.update_freq, args.seed, get_rank(), get_world_size()
     )
@@ -282,14 +520,23 @@ def build_pretrain_loader(dataset, args):
             f"{len(dataset.images)} images make no whole step of {args.effective_batch_size} "
             f"(--batch_size {args.batch_size} x --update_freq {args.update_freq} x {get_world_size()} processes)"
         )
+    return build_loader(dataset, args, batch_sampler=sampler), sampler
+
+
+def build_eval_loader(dataset, args):
+    """The loader of this process's part of an evaluation set, or with --dist_eval false of all of it: none twice."""
+    rank, world_size = (get_rank(), get_world_size()) if args.dist_eval else (0, 1)
+    return build_loader(dataset, args, batch_size=args.batch_size, sampler=range(rank, len(dataset), world_size))
+
+
+def build_loader(dataset, args, **which):
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))
-    loader = torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=sampler,
-        collate_fn=Batch.collate,
+        collate_fn=dataset.collate,
         num_workers=workers,
         pin_memory=args.pin_mem and args.device.startswith("cuda"),
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else each epoch would draw from the global one
+        **which,
     )
-    return loader, sampler

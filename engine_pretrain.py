@@ -10,25 +10,41 @@ from datasets import normalize
 
 def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
     """Train from step `state.step` to the end of epoch `state.epoch`; `loader` yields the rest of that epoch."""
+
+    def forward(batch):
+        imgs = normalize(batch.imgs.to(args.device, non_blocking=True))
+        noise = batch.noise.to(args.device, non_blocking=True)
+        loss, _, _ = model(imgs, mask_ratio=args.mask_ratio, noise=noise)
+        return loss
+
+    optimize(forward, model, loader, optimizer, scaler, state, hooks, args)
+
+
+def optimize(forward, model, loader, optimizer, scaler, state, hooks, args):
+    """Minimise `forward(batch) -> loss` over the batches of `loader`: schedule, precision, accumulation, clipping.
+
+    What is drawn at random within a step depends on (seed, epoch, step, process) alone.
+    """
     model.train()
     state.start_lap()
     for number, batch in enumerate(loader, start=1):
         state.observe_data(batch)
         end_of_step = number % args.update_freq == 0
-        state.lr = utils.adjust_learning_rate(optimizer, state.epoch + state.step / state.steps_per_epoch, args)
-        torch.manual_seed(
-            utils.derive_seed(args.seed, state.epoch, state.step, utils.get_rank(), number % args.update_freq)
-        )
+        state.lr = utils.adjust_learning_rate(optimizer, state.epochs_done, args)
+        if args.weight_decay_end is not None:
+            utils.adjust_weight_decay(optimizer, state.epochs_done, args)
+        utils.set_seed(args.seed, state.epoch, state.step, utils.get_rank(), number % args.update_freq)
 
-        imgs = normalize(batch.imgs.to(args.device, non_blocking=True))
-        noise = batch.noise.to(args.device, non_blocking=True)
         with gradients_stay_here(model) if not end_of_step else contextlib.nullcontext():
-            with torch.autocast(state.device_type, utils.AMP_DTYPES[args.amp_dtype], enabled=args.use_amp):
-                loss, _, _ = model(imgs, mask_ratio=args.mask_ratio, noise=noise)
+            with autocast(args):
+                loss = forward(batch)
             scaler.scale(loss / args.update_freq).backward()
         state.observe_loss(loss)
 
         if end_of_step:
+            if args.clip_grad is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -37,6 +53,11 @@ def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
                 state.end_lap()
                 hooks("on_log", state)
             hooks("on_step", state)
+
+
+def autocast(args):
+    """Within, the forward pass computes in args.amp_dtype where that is safe, if args.use_amp."""
+    return torch.autocast(torch.device(args.device).type, utils.AMP_DTYPES[args.amp_dtype], enabled=args.use_amp)
 
 
 def gradients_stay_here(model):

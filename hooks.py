@@ -1,13 +1,15 @@
 """What happens around training: log lines, TensorBoard, pictures, checkpoints.
 
 A hook reads the `RunState` and never changes the training. To add one, write a class and put it into the list in
-`main_pretrain.py`:
+`main_pretrain.py` or `main_finetune.py`:
 
     class GradientNorm(Hook):
         def on_step(self, state):
             print(state.epoch, state.step, ...)
 """
 
+import csv
+import io
 import json
 import math
 import time
@@ -19,6 +21,7 @@ from PIL import Image, ImageDraw
 
 import utils
 from datasets import Batch, denormalize, normalize
+from models.checkpoints import get_weights, load_weights, remap_checkpoint_keys
 
 
 class Mean:
@@ -40,13 +43,18 @@ class Mean:
 class RunState:
     """Where a run stands: what hooks read and checkpoints keep. The same on every process but for its own images."""
 
-    def __init__(self, args, model, optimizer, scaler, steps_per_epoch, num_images):
+    def __init__(self, args, model, optimizer, scaler, steps_per_epoch, num_images, model_ema=None, class_names=None):
         self.args = args
         self.model = model  # without DDP and compilation
         self.optimizer = optimizer
         self.scaler = scaler
         self.steps_per_epoch = steps_per_epoch
         self.num_images = num_images
+        self.model_ema = model_ema  # averaged weights, or None
+        self.class_names = class_names
+        self.evaluations = {}  # the last ones, by what was evaluated: "" the model, "_ema" the averaged weights
+        self.best = {}  # likewise: [top-1 accuracy, epoch]
+        self.evaluating = getattr(args, "eval", False)  # and nothing else
         self.device_type = torch.device(args.device).type
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.epoch = args.start_epoch
@@ -62,7 +70,12 @@ class RunState:
     @property
     def epochs_done(self):
         """With a fraction."""
-        return self.epoch + self.step / self.steps_per_epoch
+        return self.epoch + self.step / max(self.steps_per_epoch, 1)
+
+    @property
+    def epochs_evaluated(self):
+        """How many epochs the weights have seen that `evaluations` are of: they are made before an epoch is closed."""
+        return self.epoch + (not self.evaluating)
 
     def time_to_log(self):
         return self.step % self.args.print_freq == 0 or self.step == self.steps_per_epoch
@@ -119,27 +132,105 @@ class RunState:
         self.epoch_loss.add(values)
         self.lap_loss.add(values)
 
+    def observe_evaluations(self, evaluations):
+        """Keep the evaluations of an epoch, and which is the best."""
+        self.evaluations = evaluations
+        for what, evaluation in evaluations.items():
+            if what not in self.best or evaluation.acc1 > self.best[what][0]:
+                self.best[what] = [evaluation.acc1, self.epoch]
+            self.unreadable_images |= dict.fromkeys(evaluation.unreadable)
+
     def progress(self):
-        """What a checkpoint keeps besides model, optimizer, scaler, epoch and step."""
+        """What a checkpoint keeps besides model, averaged model, optimizer, scaler, epoch and step."""
         return {
             "epoch_loss": [self.epoch_loss.sum, self.epoch_loss.count],
             "unreadable_images": list(self.unreadable_images),
             "effective_batch_size": self.args.effective_batch_size,
             "num_images": self.num_images,
+            "class_names": self.class_names,
+            "best": self.best,
         }
 
     def restore(self, checkpoint):
         """Stand where a checkpoint of this project was written."""
+        flags = [{name: group[name] for name in ("weight_decay", "lr_scale")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, now in zip(self.optimizer.param_groups, flags, strict=True):
+            group.update(now)  # the flags of now, with the moments of then
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         if self.step:
             self.epoch_loss = Mean(*checkpoint["epoch_loss"])
         self.unreadable_images = dict.fromkeys(checkpoint["unreadable_images"])
+        self.best = checkpoint["best"]
 
     def end_epoch(self):
         self.epoch, self.step = self.epoch + 1, 0
         self.epoch_loss = Mean()
+
+
+def resume(state, run_flags):
+    """Go on from the newest whole checkpoint in the output folder, else start from --resume, else from nothing.
+
+    run_flags: names of what decides a run's numbers; what has changed is told, and refused where it cannot be.
+    """
+    args = state.args
+    checkpoint, path = utils.newest_checkpoint(args.output_dir) if args.output_dir else (None, None)
+    if checkpoint is None and args.resume:
+        checkpoint, path = utils.load_checkpoint(args.resume), args.resume
+    if checkpoint is None:
+        return
+    load_model_and_ema(state, checkpoint, path)
+    if checkpoint.get("format") is None:
+        return utils.log(
+            f"weights from {path}, which another program wrote: training starts at epoch {args.start_epoch}"
+        )
+    now = vars(args) | {"num_images": state.num_images}
+    try:
+        then = checkpoint["args"] | {"num_images": checkpoint["num_images"]}
+        refuse_what_cannot_change(state, checkpoint, then, now, path)
+        state.restore(checkpoint)
+    except KeyError as error:
+        raise utils.UserError(f"{path}: a checkpoint without {error}: cannot be gone on from") from None
+    for name in run_flags:
+        if then.get(name) != now[name]:
+            utils.log(f"changed since {path}: {name} {then.get(name)} -> {now[name]}")
+    utils.log(f"goes on from {path}: epoch {state.epoch}, step {state.step}")
+
+
+def load_model_and_ema(state, checkpoint, path):
+    """Load a checkpoint's weights, and the averaged ones, if they are kept; without any they start from the others."""
+    load_weights(state.model, get_weights(checkpoint, path), path)
+    if state.model_ema is None:
+        return
+    if "model_ema" in checkpoint:
+        load_weights(state.model_ema.module, remap_checkpoint_keys(checkpoint["model_ema"]), path)
+    else:
+        state.model_ema.set(state.model)
+        utils.log(f"{path} holds no averaged weights: they start from the others")
+
+
+def refuse_what_cannot_change(state, checkpoint, then, now, path):
+    """Raise UserError for what would make nonsense of the optimizer's state or of the position in the epoch."""
+    if then.get("opt") != now.get("opt"):
+        raise utils.UserError(f"{path}: saved with --opt {then.get('opt')}; can only go on with the same")
+    if checkpoint["class_names"] != state.class_names:
+        raise utils.UserError(f"{path}: {other_classes(checkpoint['class_names'], state.class_names)}")
+    for name in ("effective_batch_size", "num_images"):
+        if checkpoint["step"] and then[name] != now[name]:
+            raise utils.UserError(
+                f"{path}: saved within an epoch at {name.replace('_', ' ')} {then[name]}; "
+                f"can only go on with the same, not {now[name]}"
+            )
+
+
+def other_classes(then, now):
+    """What differs between the classes of a checkpoint and those of the data."""
+    then, now = (list(names or []) for names in (then, now))
+    if len(then) != len(now):
+        return f"has {len(then)} classes, the data {len(now)}"
+    name = next(i for i in range(len(now)) if then[i] != now[i])
+    return f"has other classes than the data: number {name} is {then[name]!r}, not {now[name]!r}"
 
 
 class Hook:
@@ -158,8 +249,11 @@ class Hook:
     def on_log(self, state):
         """Every print_freq steps and after the last step of an epoch, before `on_step`."""
 
+    def on_evaluate(self, state):
+        """After `state.evaluations` were made, at the end of an epoch or with --eval true."""
+
     def on_epoch_end(self, state):
-        """After the last step of an epoch; `state.epoch` is that epoch."""
+        """After the last step of an epoch and its evaluation; `state.epoch` is that epoch."""
 
     def on_end(self, state):
         """After the last epoch."""
@@ -181,6 +275,15 @@ class Hooks:
                     self.hooks = [other for other in self.hooks if other is not hook]
 
 
+class AveragedWeights(Hook):
+    """Exponential moving average of the weights, `state.model_ema`, after every step."""
+
+    everywhere = True
+
+    def on_step(self, state):
+        state.model_ema.update(state.model)
+
+
 class UnreadableImages(Hook):
     """Name each image that could not be read, once, and stop the run when there are more than max_bad_images."""
 
@@ -191,6 +294,9 @@ class UnreadableImages(Hook):
 
     def on_start(self, state):
         self.told = len(state.unreadable_images)
+
+    def on_evaluate(self, state):
+        self.on_log(state)
 
     def on_log(self, state):
         names = list(state.unreadable_images)
@@ -219,6 +325,13 @@ class Console(Hook):
             line += f"  memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
         print(line, flush=True)
 
+    def on_evaluate(self, state):
+        for what, evaluation in state.evaluations.items():
+            line = f"{'averaged weights' if what else 'evaluation'}: {evaluation}"
+            if not state.evaluating:
+                line += "  (best {:.2f} %, epoch {})".format(*state.best[what])
+            print(line, flush=True)
+
     def on_end(self, state):
         print(
             f"trained {state.epochs_done - self.start:g} epochs in {hours(time.perf_counter() - self.started)}",
@@ -230,6 +343,15 @@ def hours(seconds):
     """h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def named_metrics(state, prefix):
+    """loss, acc1 and acc5 of the last evaluations by name."""
+    return {
+        f"{prefix}{name}{what}": getattr(evaluation, name)
+        for what, evaluation in state.evaluations.items()
+        for name in ("loss", "acc1", "acc5")
+    }
 
 
 class LogFile(Hook):
@@ -256,6 +378,7 @@ class LogFile(Hook):
         entry = {
             "train_loss": state.epoch_loss.value,
             "train_lr": state.lr,
+            **named_metrics(state, "test_"),
             "epoch": state.epoch,
             "n_parameters": state.n_parameters,
         }
@@ -274,13 +397,19 @@ class TensorBoard(Hook):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         # What an earlier process of this run wrote beyond its last checkpoint is taken back.
-        state.writer = self.writer = SummaryWriter(self.log_dir, purge_step=int(1000 * state.epochs_done) + 1)
+        beyond = None if state.evaluating else int(1000 * state.epochs_done) + 1
+        state.writer = self.writer = SummaryWriter(self.log_dir, purge_step=beyond)
 
     def on_log(self, state):
         at = int(1000 * state.epochs_done)
         self.writer.add_scalar("train/loss", state.loss, at)
         self.writer.add_scalar("train/lr", state.lr, at)
         self.writer.add_scalar("train/images_per_second", state.images_per_second, at)
+
+    def on_evaluate(self, state):
+        for name, value in named_metrics(state, "test/").items():
+            self.writer.add_scalar(name, value, 1000 * state.epochs_evaluated)
+        self.writer.flush()
 
     def on_epoch_end(self, state):
         self.writer.add_scalar("epoch/train_loss", state.epoch_loss.value, 1000 * (state.epoch + 1))
@@ -306,10 +435,14 @@ class Reconstructions(Hook):
         device = state.args.device
         picture = reconstruct(state.model, batch.imgs.to(device), state.args.mask_ratio, batch.noise.to(device))
         picture.save(Path(self.output_dir) / f"reconstruction-{state.epoch:04}.png")
-        if getattr(state, "writer", None):
-            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-            pixels = pixels.view(picture.height, picture.width, 3)
-            state.writer.add_image("reconstruction", pixels, 1000 * done, dataformats="HWC")
+        add_picture(state, "reconstruction", picture, 1000 * done)
+
+
+def add_picture(state, title, picture, at):
+    """Show a Pillow RGB image in TensorBoard, if that is on."""
+    if getattr(state, "writer", None):
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        state.writer.add_image(title, pixels.view(picture.height, picture.width, 3), at, dataformats="HWC")
 
 
 @torch.no_grad()
@@ -350,8 +483,74 @@ def draw_table(titles, columns, border=4, smallest=112, header=16):
     return table
 
 
+class ClassReport(Hook):
+    """After the last evaluation: precision, recall and confusion of the classes, as CSV files and a picture."""
+
+    LARGEST = 2000  # classes of a confusion matrix: it takes their square
+
+    def __init__(self, output_dir):
+        self.folder = Path(output_dir)
+
+    def on_evaluate(self, state):
+        if not state.evaluating and state.epoch + 1 < state.args.epochs:
+            return
+        names = state.class_names
+        for what, evaluation in state.evaluations.items():
+            rows = [(name, *values) for name, values in zip(names, evaluation.per_class(len(names)), strict=True)]
+            self.write(f"per_class{what}.csv", ("class", "images", "precision", "recall"), rows)
+            if len(names) > self.LARGEST:
+                print(f"no confusion matrix: {len(names)} classes are more than {self.LARGEST}", flush=True)
+                continue
+            matrix = evaluation.confusion(len(names))
+            rows = [(name, *counts) for name, counts in zip(names, matrix.tolist(), strict=True)]
+            self.write(f"confusion{what}.csv", ("true class \\ predicted", *names), rows)
+            picture = draw_confusion(matrix, names)
+            picture.save(self.folder / f"confusion{what}.png")
+            add_picture(state, f"confusion{what}", picture, 1000 * state.epochs_evaluated)
+
+    def write(self, name, titles, rows):
+        file = io.StringIO()
+        csv.writer(file).writerows([titles, *rows])
+        content = file.getvalue().encode(errors="surrogateescape")
+        utils.write_whole(self.folder / name, lambda file: file.write(content))
+
+
+def draw_confusion(matrix, names, width=800):
+    """A Pillow RGB image of a confusion matrix (K, K), a row a true class: the darker, the larger part of its images.
+
+    With few classes each cell shows its count, and names stand beside rows and above columns.
+    """
+    count = len(matrix)
+    cell = min(max(width // count, 1), 48)
+    names = [name[:24] for name in names]
+    margin = 40 + 6 * max(map(len, names)) if cell >= 12 else 40
+    part = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    shade = 1 - part[:, :, None] * torch.tensor([0.88, 0.62, 0.35])  # white to blue
+    heat = Image.fromarray((shade * 255).round().to(torch.uint8).numpy())
+    picture = Image.new("RGB", (margin + cell * count + 8, margin + cell * count + 8), "white")
+    picture.paste(heat.resize((cell * count,) * 2, Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((margin - 1, margin - 1, margin + cell * count, margin + cell * count), outline="lightgrey")
+    draw.text((margin + 4, 4), "predicted", fill="grey")
+    upright = Image.new("RGB", (margin - 20, cell * count), "white")  # the columns' names, before they are turned
+    for i, name in enumerate(names if cell >= 12 else []):
+        at = cell * i + cell // 2
+        draw.text((margin - 6, margin + at), name, fill="black", anchor="rm")
+        ImageDraw.Draw(upright).text((6, at), name, fill="black", anchor="lm")
+        for j in range(count if cell >= 24 else 0):
+            if matrix[i, j]:
+                where, colour = (margin + cell * j + cell // 2, margin + at), "white" if part[i, j] > 0.5 else "black"
+                draw.text(where, str(matrix[i, j].item()), fill=colour, anchor="mm")
+    picture.paste(upright.rotate(90, expand=True), (margin, 20))
+    draw.text((4, margin + 4 if cell < 12 else margin - 16), "true", fill="grey")
+    return picture
+
+
 class Checkpointer(Hook):
-    """A checkpoint every save_ckpt_freq epochs, after the last one, and every save_ckpt_steps steps within an epoch."""
+    """A checkpoint every save_ckpt_freq epochs, after the last one, and every save_ckpt_steps steps within an epoch.
+
+    And one after each epoch that evaluated best: checkpoint-best.pth, or checkpoint-best-ema.pth by averaged weights.
+    """
 
     everywhere = True  # reading the losses takes all processes
 
@@ -361,12 +560,15 @@ class Checkpointer(Hook):
             self.save(state, step=state.step)
 
     def on_epoch_end(self, state):
+        for what in state.evaluations:
+            if state.best[what][1] == state.epoch:
+                self.save(state, name="best" + what.replace("_", "-"))
         done = state.epoch + 1
         if done % state.args.save_ckpt_freq == 0 or done == state.args.epochs:
             self.save(state)
 
     @staticmethod
-    def save(state, step=None):
+    def save(state, **which):
         """Write a checkpoint. Raises TrainingError if the weights are lost, or if the last one cannot be written."""
         state.read_losses()
         if not torch.nn.utils.get_total_norm(state.model.parameters()).isfinite():
@@ -376,10 +578,18 @@ class Checkpointer(Hook):
             )
         try:
             utils.save_model(
-                state.args, state.epoch, None, state.model, state.optimizer, state.scaler, step=step, **state.progress()
+                state.args,
+                state.epoch,
+                None,
+                state.model,
+                state.optimizer,
+                state.scaler,
+                state.model_ema,
+                **which,
+                **state.progress(),
             )
         except OSError as error:
-            if step is None and state.epoch + 1 == state.args.epochs:
+            if not which and state.epoch + 1 == state.args.epochs:
                 raise utils.TrainingError(f"the last checkpoint could not be saved: {error}") from None
             utils.log(
                 f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, training goes on."

@@ -5,9 +5,11 @@ An output folder:
     output_dir/
         checkpoint-9.pth        epoch 9 is done; the --save_ckpt_num newest are kept
         checkpoint-10-400.pth   400 optimizer steps of epoch 10 are done (--save_ckpt_steps); as many are kept
+        checkpoint-best.pth     of the epoch with the best accuracy (fine-tuning); -best-ema for the averaged weights
         log.txt                 one JSON object an epoch
         events.out.tfevents.*   TensorBoard
-        reconstruction-0009.png
+        reconstruction-0009.png (pre-training)
+        confusion.png, confusion.csv, per_class.csv (fine-tuning, evaluation)
 """
 
 import argparse
@@ -20,6 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # ruff: noqa: E402
 import pickle
+import random
 import re
 import shlex
 import sys
@@ -101,6 +104,124 @@ def log(*words):
         print(*words, flush=True)
 
 
+# ---------------------------------------------------------------- flags that pre-training and fine-tuning share
+
+
+def add_shared_args(parser):
+    """The flags of the loader, of speed, of checkpoints and logs and of distributed runs."""
+    group = parser.add_argument_group("loader")
+    group.add_argument("--num_workers", default=10, type=int, help="loader processes, at most one a core; 0: none")
+    group.add_argument("--pin_mem", default=True, type=str2bool, help="page-locked batches, faster to copy to a GPU")
+    group.add_argument("--max_bad_images", default=100, type=int, help="more unreadable images than this stop the run")
+
+    group = parser.add_argument_group("speed")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
+    group.add_argument("--use_amp", default=False, type=str2bool, help="automatic mixed precision")
+    group.add_argument("--amp_dtype", default="bfloat16", choices=tuple(AMP_DTYPES), help="its type")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+
+    group = parser.add_argument_group("checkpoints and logs")
+    group.add_argument("--output_dir", default="", metavar="FOLDER", help="for all that is written; empty: nothing is")
+    group.add_argument("--log_dir", default=None, metavar="FOLDER", help="for TensorBoard; None: the output folder")
+    group.add_argument("--save_ckpt", default=True, type=str2bool, help="write checkpoints")
+    group.add_argument("--save_ckpt_freq", default=1, type=int, help="epochs between checkpoints")
+    group.add_argument("--save_ckpt_steps", default=0, type=int, help="steps between those within an epoch; 0: none")
+    group.add_argument("--save_ckpt_num", default=3, type=int, help="checkpoints kept, of each of the two kinds")
+    group.add_argument(
+        "--auto_resume", default=True, type=str2bool, help="go on from the newest checkpoint in the output folder"
+    )
+    group.add_argument(
+        "--resume", default="", metavar="FILE", help="checkpoint to start from where the output folder has none"
+    )
+    group.add_argument("--print_freq", default=20, type=int, help="steps between log lines")
+
+    group = parser.add_argument_group("distributed (torchrun and other launchers set these)")
+    group.add_argument("--world_size", default=1, type=int, help="number of processes")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=-1, type=int, help="number of this process on its machine"
+    )
+    group.add_argument("--dist_on_itp", default=False, type=str2bool, help="ranks from Open MPI's environment")
+    group.add_argument("--dist_url", default="env://", help="where the processes meet")
+
+
+def check_shared_args(args):
+    """Raise UserError for values that cannot work, before anything is loaded."""
+    check_least(args, 1, "batch_size epochs update_freq in_chans save_ckpt_freq save_ckpt_num print_freq")
+    check_least(args, 0, "warmup_epochs seed start_epoch num_workers max_bad_images save_ckpt_steps")
+    for name in ("lr", "blr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"--{name} {value}: must be a number from 0 on")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed}: must be less than 2 ** 63")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
+    check_device(args.device)
+
+
+def check_least(args, least, names):
+    for name in names.split():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+
+
+def image_size(args, least, multiple_of=1):
+    """--input_size as (height, width), or UserError."""
+    sizes = [args.input_size] if isinstance(args.input_size, int) else args.input_size
+    if len(sizes) > 2 or any(size < least or size % multiple_of for size in sizes):
+        what = f"multiples of {multiple_of} (8 x --stem_stride)" if multiple_of > 1 else f"numbers from {least} on"
+        raise UserError(f"--input_size {' '.join(map(str, sizes))}: must be one or two {what}")
+    return sizes[0], sizes[-1]
+
+
+def check_device(name):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: must be cpu, cuda or cuda:N")
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"--device {name}: {gpus or 'no'} CUDA GPU is visible; --device cpu works")
+
+
+def complete_lr(args):
+    """Set args.effective_batch_size and, if no rate is given, args.lr from args.blr. For after distributed set-up."""
+    args.effective_batch_size = args.batch_size * args.update_freq * get_world_size()
+    if args.lr is None:
+        args.lr = args.blr * args.effective_batch_size / 256
+    if args.min_lr > args.lr:
+        raise UserError(f"--min_lr {args.min_lr}: must not be more than the peak learning rate {args.lr:g}")
+    if args.warmup_epochs >= args.epochs:
+        log(f"--warmup_epochs {args.warmup_epochs}: the learning rate only rises, in all of --epochs {args.epochs}")
+
+
+def prepare_output(args):
+    """Make the folders for what is written. Raises UserError if that fails, or if one holds another run's work."""
+    if not args.output_dir:
+        log("no --output_dir: neither checkpoints nor logs will be written")
+    for name in ("output_dir", "log_dir"):
+        folder = getattr(args, name)
+        if folder:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise UserError(f"--{name} {folder}: cannot be written: {error.strerror}") from None
+    if args.output_dir:
+        remove_half_written(args.output_dir)
+    if args.output_dir and not args.auto_resume and list_checkpoints(args.output_dir):
+        raise UserError(
+            f"--output_dir {args.output_dir}: holds the checkpoints of a run; take another, or --auto_resume true"
+        )
+
+
+def log_args(args):
+    for name, value in sorted(vars(args).items()):
+        log(f"  {name}: {value}")
+
+
 # ---------------------------------------------------------------- distributed
 
 
@@ -144,12 +265,35 @@ def init_distributed_mode(args):
     dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
 
 
+def main_process_first(work):
+    """Call work() on the main process, then on the others. If it fails there, all raise the same UserError."""
+    error = [None]
+    if is_main_process():
+        try:
+            result = work()
+        except UserError as caught:
+            error = [str(caught)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(error)
+    if error[0]:
+        raise UserError(error[0])
+    return result if is_main_process() else work()
+
+
 # ---------------------------------------------------------------- randomness, a function of its key
 
 
 def derive_seed(*key):
     """A 64-bit seed from non-negative integers, such as (seed, epoch, sample index): no two keys share a stream."""
     return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])
+
+
+def set_seed(*key):
+    """Make what torch, on every device, NumPy and Python draw next a function of the key alone."""
+    seed = derive_seed(*key)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 # ---------------------------------------------------------------- learning rate
@@ -163,11 +307,24 @@ def adjust_learning_rate(optimizer, epoch, args):
     if epoch < args.warmup_epochs:
         lr = args.lr * epoch / args.warmup_epochs
     else:
-        progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-        lr = args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        lr = half_cosine(args.lr, args.min_lr, (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs))
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
+
+
+def adjust_weight_decay(optimizer, epoch, args):
+    """Set and return the weight decay, half a cosine to args.weight_decay_end over all epochs, of groups that decay."""
+    weight_decay = half_cosine(args.weight_decay, args.weight_decay_end, epoch / args.epochs)
+    for group in optimizer.param_groups:
+        if group["decays"]:
+            group["weight_decay"] = weight_decay
+    return weight_decay
+
+
+def half_cosine(start, end, progress):
+    """From start at progress 0 to end at 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -215,10 +372,13 @@ def list_checkpoints(output_dir):
     return sorted(paths, key=checkpoint_order, reverse=True)
 
 
-def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, model_ema=None, step=None, **progress):
+def save_model(
+    args, epoch, model, model_without_ddp, optimizer, loss_scaler, model_ema=None, step=None, name=None, **progress
+):
     """Write output_dir/checkpoint-EPOCH.pth, or checkpoint-EPOCH-STEP.pth within an epoch, and delete the oldest ones.
 
     epoch: the epoch that is done, or under way if `step` is given. progress: what else the run needs to go on.
+    name: write checkpoint-NAME.pth instead, and delete none.
     Only the main process writes. Raises OSError if that fails; the earlier checkpoints are then all still there.
     """
     if not is_main_process():
@@ -234,14 +394,17 @@ def save_model(args, epoch, model, model_without_ddp, optimizer, loss_scaler, mo
         "args": dict(vars(args)),
     } | progress
     if model_ema is not None:
-        checkpoint["model_ema"] = model_ema.state_dict()
-    name = f"checkpoint-{epoch}.pth" if step is None else f"checkpoint-{epoch}-{step}.pth"
+        checkpoint["model_ema"] = model_ema.module.state_dict()
+    kept = name is not None
+    name = f"checkpoint-{name if kept else epoch if step is None else f'{epoch}-{step}'}.pth"
     try:
         write_whole(folder / name, lambda file: torch.save(checkpoint, file))
     except (OSError, RuntimeError) as error:
         # torch reports a failed write in words of its own; the system's are behind them
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{folder / name}: {getattr(reason, 'strerror', None) or reason}") from error
+    if kept:
+        return
     order = checkpoint_order(name)
     older = [path for path in list_checkpoints(folder) if checkpoint_order(path) < order]
     for path in [path for path in older if (checkpoint_order(path)[1] == 0) == (step is None)][
@@ -267,6 +430,12 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def training_flags(checkpoint):
+    """The flags of the run that wrote a checkpoint, as far as it has them."""
+    flags = checkpoint.get("args") or {}
+    return flags if isinstance(flags, dict) else vars(flags)
+
+
 def newest_checkpoint(output_dir):
     """The newest whole checkpoint of a run and its path, or (None, None) if the folder has none.
 
@@ -285,57 +454,3 @@ def newest_checkpoint(output_dir):
     if paths:
         raise UserError(f"{output_dir}: none of its {len(paths)} checkpoints is whole; move them away to start anew")
     return None, None
-
-
-def get_weights(checkpoint, path):
-    """The weights in a checkpoint, ours or of the original's Minkowski training, with this project's names and shapes.
-
-    Raises UserError if there are none.
-    """
-    state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise UserError(f"{path}: holds no weights; accepted is a dict of tensors by name, or one under 'model'")
-    return remap_checkpoint_keys(state)
-
-
-def load_weights(model, checkpoint, path):
-    """Load the weights of a checkpoint. Raises UserError, with a difference of each kind, if it is of another model."""
-    state = get_weights(checkpoint, path)
-    own = model.state_dict()
-    differences = [
-        [f"{name} is missing" for name in own if name not in state],
-        [f"{name} is not of this model" for name in state if name not in own],
-        [
-            f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-            for name, value in own.items()
-            if name in state and state[name].shape != value.shape
-        ],
-    ]
-    if any(differences):
-        examples = "; ".join(kind[0] for kind in differences if kind)
-        count = sum(map(len, differences))
-        raise UserError(f"{path}: a checkpoint of another model: {count} differences, such as {examples}")
-    model.load_state_dict(state)
-
-
-def remap_checkpoint_keys(state):
-    """A state dict of the original's Minkowski training with this project's names and shapes, those of the dense code.
-
-    `kernel` (kh * kw, in, out), or (kh * kw, C) if depthwise, the first axis of space running fastest, becomes
-    `weight` (out, in, kh, kw) or (C, 1, kh, kw); biases (1, C) become (C,); `.ln.` and `.linear.` go; GRN (1, 4C)
-    becomes (1, 1, 1, 4C). Entries that have the dense form already stay as they are.
-    """
-    remapped = {}
-    for name, value in state.items():
-        name = name.replace(".ln.", ".").replace(".linear.", ".")
-        if name.endswith(".kernel"):
-            name = name.removesuffix("kernel") + "weight"
-            side = round(len(value) ** 0.5)
-            value = value.view(side, side, *((1,) if value.ndim == 2 else ()), *value.shape[1:])
-            value = value.permute(3, 2, 1, 0).contiguous()
-        elif name.endswith((".grn.gamma", ".grn.beta")):
-            value = value.reshape(1, 1, 1, -1)
-        elif name.endswith(".bias"):
-            value = value.flatten()
-        remapped[name] = value
-    return remapped

@@ -7,6 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from models.checkpoints import network_config
 from models.utils import GRN, LayerNorm, depthwise_conv, init_weights
 
 # Appendix A of the paper: blocks and channels of the four stages
@@ -117,6 +118,18 @@ class ConvNeXtV2(nn.Module):
 
     def forward(self, x):
         return self.head(self.forward_features(x))
+
+
+def from_state_dict(state):
+    """The classifier that a state dict (dense names) was taken from, of any size, with its weights.
+
+    Raises ValueError, naming what is missing, if it is not of a classifier.
+    """
+    if "head.weight" not in state:
+        raise ValueError("no head.weight: accepted is a classifier with its head")
+    model = ConvNeXtV2(num_classes=len(state["head.weight"]), **network_config(state))
+    model.load_state_dict(state)
+    return model
 
 
 def convnextv2_atto(**kwargs):

@@ -7,6 +7,7 @@ D channels of the decoder. A mask is (N, L), 1 = removed.
 import torch
 from torch import nn
 
+from models.checkpoints import count_blocks, network_config
 from models.convnextv2 import SIZES, Block
 from models.convnextv2_sparse import SparseConvNeXtV2
 from models.utils import init_weights
@@ -148,25 +149,18 @@ def from_state_dict(state, norm_pix_loss=True):
 
     Raises ValueError, naming what is missing, if it is not of an encoder with a decoder.
     """
-    needed = ("encoder.downsample_layers.0.0.weight", "proj.weight", "mask_token", "pred.weight")
-    missing = [name for name in needed if name not in state]
+    missing = [name for name in ("proj.weight", "mask_token", "pred.weight") if name not in state]
     if missing:
         raise ValueError(f"no {', '.join(missing)}: accepted is an FCMAE with its decoder")
-    stem = state["encoder.downsample_layers.0.0.weight"]  # (C, in_chans, stride, stride)
-
-    def depth(prefix):
-        return len([name for name in state if name.startswith(prefix) and name.endswith(".dwconv.weight")])
-
-    patch_size = 8 * stem.shape[-1]
+    config = network_config(state, prefix="encoder.")
+    patch_size = 8 * config.pop("stem_stride")
     model = FCMAE(
         img_size=patch_size,
-        in_chans=stem.shape[1],
-        depths=[depth(f"encoder.stages.{stage}.") for stage in range(4)],
-        dims=[len(stem), *(len(state[f"encoder.downsample_layers.{stage}.1.weight"]) for stage in (1, 2, 3))],
-        decoder_depth=depth("decoder."),
+        decoder_depth=count_blocks(state, "decoder."),
         decoder_embed_dim=len(state["proj.weight"]),
         patch_size=patch_size,
         norm_pix_loss=norm_pix_loss,
+        **config,
     )
     model.load_state_dict(state)
     return model

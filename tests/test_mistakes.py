@@ -80,12 +80,12 @@ def test_a_file_for_a_folder(pretrain, image_folder):
 
 
 def test_empty_folder(pretrain, tmp_path):
-    assert_one_clear_line(pretrain(*SMALL, "--data_path", tmp_path), tmp_path, "no image")
+    assert_one_clear_line(pretrain(*SMALL, "--data_path", tmp_path), tmp_path, "no image there")
 
 
 def test_folder_of_text_files(pretrain, tmp_path):
     (tmp_path / "a.txt").write_text("not an image")
-    assert_one_clear_line(pretrain(*SMALL, "--data_path", tmp_path), tmp_path, "no image")
+    assert_one_clear_line(pretrain(*SMALL, "--data_path", tmp_path), tmp_path, "no image there")
 
 
 def test_nothing_but_unreadable_images(pretrain, tmp_path):

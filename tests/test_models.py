@@ -19,12 +19,12 @@ from safetensors import safe_open
 from torch import nn
 
 from models import convnextv2, fcmae
+from models.checkpoints import remap_checkpoint_keys
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.convnextv2_sparse import SparseConvNeXtV2, count_visible
 from models.fcmae import FCMAE
 from models.utils import GRN, depthwise_conv
 from tools.dense_masked import DenseMasked
-from utils import remap_checkpoint_keys
 
 TINY = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 

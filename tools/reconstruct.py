@@ -9,8 +9,9 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 import utils
-from datasets import find_images, read_image
+from datasets import read_files
 from hooks import reconstruct
+from models.checkpoints import get_weights
 from models.fcmae import from_state_dict
 from utils import UserError
 
@@ -28,32 +29,10 @@ def get_args_parser():
     return parser
 
 
-def read_images(paths, in_chans, size):
-    """Files and folders -> uint8 (N, in_chans, height, width): the shorter side resized, the centre cut out."""
-    files = [file for path in paths for file in (find_images(path) if Path(path).is_dir() else [path])]
-    if not files:
-        raise UserError(f"--images {' '.join(paths)}: no image there")
-    fit = v2.Compose(
-        [
-            v2.Resize(max(size), interpolation=InterpolationMode.BICUBIC),
-            v2.CenterCrop(size),
-            v2.PILToTensor(),
-        ]
-    )
-    images = []
-    for file in files:
-        try:
-            images.append(fit(read_image(file, in_chans)))
-        except Exception as error:  # Pillow's plugins raise nearly everything
-            raise UserError(f"--images {file}: cannot be read: {error}") from None
-    return torch.stack(images)
-
-
 def main(args):
     checkpoint = utils.load_checkpoint(args.checkpoint)
-    trained = checkpoint.get("args", {})
-    trained = trained if isinstance(trained, dict) else vars(trained)
-    state = utils.get_weights(checkpoint, args.checkpoint)
+    trained = utils.training_flags(checkpoint)
+    state = get_weights(checkpoint, args.checkpoint)
     try:
         model = from_state_dict(state, trained.get("norm_pix_loss", True))
     except (ValueError, KeyError, RuntimeError) as error:
@@ -70,7 +49,8 @@ def main(args):
     if Path(args.output).resolve() in [Path(image).resolve() for image in args.images]:
         raise UserError(f"--output {args.output}: is one of the images")
 
-    images = read_images(args.images, model.in_chans, size)
+    fit = v2.Compose([v2.Resize(max(size), InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
+    images = torch.stack([image for _, image in read_files("--images", args.images, model.in_chans, fit)])
     torch.manual_seed(args.seed)
     try:
         picture = reconstruct(model, images, mask_ratio)

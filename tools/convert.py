@@ -1,0 +1,54 @@
+"""Write the bare weights of a checkpoint under the original's or timm's names.
+
+python -m tools.convert OUTPUT/checkpoint-best.pth convnextv2_tiny.pth --to timm
+"""
+
+from pathlib import Path
+
+import torch
+
+import utils
+from models.checkpoints import get_weights, network_config, split_decoder, to_timm
+from utils import UserError
+
+
+def get_args_parser():
+    parser = utils.FlagParser(add_help=False)
+    parser.add_argument("input", metavar="IN", help="checkpoint of this project, of the original or of timm")
+    parser.add_argument("output", metavar="OUT", help="file to write")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("original", "timm"),
+        help="original: the dense names under 'model'; timm: what timm.create_model(NAME, checkpoint_path=OUT) loads",
+    )
+    parser.add_argument(
+        "--model_key", default="model|module", help="where the weights are; model_ema: the averaged ones"
+    )
+    return parser
+
+
+def main(args):
+    if Path(args.output).exists() and Path(args.output).samefile(args.input):
+        raise UserError(f"OUT {args.output}: is the same file as IN")
+    state = get_weights(utils.load_checkpoint(args.input), args.input, args.model_key)
+    state, decoder = split_decoder(state)
+    try:
+        config = network_config(state)
+    except ValueError as error:
+        raise UserError(f"{args.input}: {error}: accepted is a ConvNeXt V2") from None
+    if args.to == "timm":
+        state = to_timm(state)
+    try:
+        utils.write_whole(args.output, lambda file: torch.save(state if args.to == "timm" else {"model": state}, file))
+    except OSError as error:
+        raise UserError(f"OUT {args.output}: {error.strerror}") from None
+    head = "a head" if any(name.startswith("head.") for name in state) else "no head (timm: num_classes=0)"
+    depths, dims = config["depths"], config["dims"]
+    print(
+        f"{len(state)} tensors, depths {depths}, dims {dims}, {head}, {len(decoder)} of a decoder left out: {args.output}"
+    )
+
+
+if __name__ == "__main__":
+    utils.run_script(main, utils.FlagParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]))
