@@ -25,6 +25,7 @@ def optimize(forward, model, loader, optimizer, scaler, state, hooks, args):
 
     What is drawn at random within a step depends on (seed, epoch, step, process) alone.
     """
+    second_order = getattr(optimizer, "is_second_order", False)  # AdaHessian
     model.train()
     state.start_lap()
     for number, batch in enumerate(loader, start=1):
@@ -38,7 +39,7 @@ def optimize(forward, model, loader, optimizer, scaler, state, hooks, args):
         with gradients_stay_here(model) if not end_of_step else contextlib.nullcontext():
             with autocast(args):
                 loss = forward(batch)
-            scaler.scale(loss / args.update_freq).backward()
+            scaler.scale(loss / args.update_freq).backward(create_graph=second_order)
         state.observe_loss(loss)
 
         if end_of_step:

@@ -192,6 +192,8 @@ def resume(state, run_flags):
         state.restore(checkpoint)
     except KeyError as error:
         raise utils.UserError(f"{path}: a checkpoint without {error}: cannot be gone on from") from None
+    except ValueError as error:  # of the optimizer: other groups, as another layer decay makes
+        raise utils.UserError(f"{path}: saved with other optimizer settings, cannot be gone on from: {error}") from None
     for name in run_flags:
         if then.get(name) != now[name]:
             utils.log(f"changed since {path}: {name} {then.get(name)} -> {now[name]}")

@@ -12,7 +12,7 @@ import utils  # isort: skip  (before torch)
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 
 import datasets
@@ -156,6 +156,8 @@ def check_args(args):
     args.input_size = utils.image_size(args, least=8 * args.stem_stride)
     utils.check_shared_args(args)
     utils.check_least(args, 0, "images_per_class head_init_scale mixup cutmix opt_eps momentum")
+    if args.color_jitter is not None:
+        utils.check_least(args, 0, "color_jitter")
     utils.check_least(args, 1, "recount")
     for name in ("drop_path", "smoothing", "mixup_prob", "mixup_switch_prob", "hflip", "reprob", "model_ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
@@ -166,8 +168,9 @@ def check_args(args):
         value = getattr(args, name)
         if value is not None and not 0 < value <= 1:
             raise UserError(f"--{name} {value}: must be above 0, at most 1")
-    if args.opt.lower().removeprefix("lookahead_") not in list_optimizers():
-        raise UserError(f"--opt {args.opt}: must be one of {', '.join(list_optimizers())}")
+    if args.smoothing == 1:
+        raise UserError("--smoothing 1.0: must be less than 1")
+    check_optimizer(args)
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: must be even for mixup and cutmix")
     if args.cutmix_minmax and not 0 <= args.cutmix_minmax[0] <= args.cutmix_minmax[1] <= 1:
@@ -180,12 +183,27 @@ def check_args(args):
             f"--aa {args.aa}, --color_jitter {args.color_jitter}: made for grey and RGB images; "
             f"give --aa none and no --color_jitter for --in_chans {args.in_chans}"
         )
+    if not args.eval:
+        try:
+            datasets.build_transform(True, args)
+        except (ValueError, TypeError, KeyError, AssertionError) as error:  # timm's, of a policy it does not know
+            raise UserError(f"--aa {args.aa}: not a policy of timm: {error}") from None
     if args.data_set != "DIGITS" and not args.data_path and not (args.eval and args.eval_data_path):
         raise UserError("--data_path: give a folder of class folders, or --data_set DIGITS")
     if args.eval and args.disable_eval:
         raise UserError("--eval true and --disable_eval true: nothing to do")
     if args.model_ema_eval and not args.model_ema and not args.eval:
         raise UserError("--model_ema_eval true: there are no averaged weights without --model_ema true")
+
+
+def check_optimizer(args):
+    name = args.opt.lower().removeprefix("lookahead_")
+    if name not in list_optimizers():
+        raise UserError(f"--opt {args.opt}: must be one of {', '.join(list_optimizers())}")
+    info = get_optimizer_info(name)
+    count = info.num_betas if info.has_betas else 0
+    if args.opt_betas and (len(args.opt_betas) != count or not all(0 <= beta < 1 for beta in args.opt_betas)):
+        raise UserError(f"--opt_betas {args.opt_betas}: --opt {args.opt} takes {count or 'none'}, from 0 to below 1")
 
 
 def mixes(args):
@@ -219,14 +237,17 @@ def build_model(args, num_classes):
 
 
 def build_optimizer(args, model):
-    assigner = None
-    try:
-        if args.layer_decay != 1:
+    get_num_layer = get_layer_scale = None
+    if args.layer_decay != 1:
+        try:
             assigner = LayerDecayValueAssigner.of_decay(args.layer_decay, model.depths, args.layer_decay_type)
-        get_num_layer, get_layer_scale = (assigner.get_layer_id, assigner.get_scale) if assigner else (None, None)
+        except ValueError as error:
+            raise UserError(f"--layer_decay_type {args.layer_decay_type}: {error}") from None
+        get_num_layer, get_layer_scale = assigner.get_layer_id, assigner.get_scale
+    try:
         return create_optimizer(args, model, get_num_layer, get_layer_scale)
-    except ValueError as error:
-        raise UserError(f"--layer_decay_type {args.layer_decay_type}: {error}") from None
+    except (ValueError, TypeError, AssertionError, ImportError) as error:  # of its flags, or of a package that it needs
+        raise UserError(f"--opt {args.opt}: {error}") from None
 
 
 def build_loss(args, num_classes):

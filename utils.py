@@ -193,8 +193,6 @@ def complete_lr(args):
         args.lr = args.blr * args.effective_batch_size / 256
     if args.min_lr > args.lr:
         raise UserError(f"--min_lr {args.min_lr}: must not be more than the peak learning rate {args.lr:g}")
-    if args.warmup_epochs >= args.epochs:
-        log(f"--warmup_epochs {args.warmup_epochs}: the learning rate only rises, in all of --epochs {args.epochs}")
 
 
 def prepare_output(args):
@@ -220,6 +218,8 @@ def prepare_output(args):
 def log_args(args):
     for name, value in sorted(vars(args).items()):
         log(f"  {name}: {value}")
+    if args.warmup_epochs >= args.epochs:
+        log(f"warm-up of {args.warmup_epochs:g} epochs: the learning rate only rises, in all of {args.epochs}")
 
 
 # ---------------------------------------------------------------- distributed

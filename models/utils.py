@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 
 class LayerNorm(nn.LayerNorm):
@@ -22,6 +21,14 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def _grad_by_autograd(function, inputs, grad):
+    """Gradients of function(*inputs), of plain operations, that can be differentiated again: for AdaHessian."""
+    with torch.enable_grad():
+        needed = [x for x in inputs if x.requires_grad]
+        grads = iter(torch.autograd.grad(function(*inputs), needed, grad, create_graph=True))
+    return tuple(next(grads) if x.requires_grad else None for x in inputs)
+
+
 class _GRN(torch.autograd.Function):
     """gamma * (x * n) + beta + x of (N, ..., C), with the derivative by hand: it keeps x once and passes over it less.
 
@@ -33,13 +40,14 @@ class _GRN(torch.autograd.Function):
         dtype, space = torch.promote_types(x.dtype, torch.float32), tuple(range(1, x.ndim - 1))
         norm = x.to(dtype).square().sum(space, keepdim=True).sqrt()  # g: (N, ..., C), one value an image and channel
         mean = norm.mean(-1, keepdim=True) + 1e-6
-        ctx.save_for_backward(x, gamma, norm, mean)
+        ctx.save_for_backward(x, gamma, beta, norm, mean)
         return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * norm / mean).to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, gamma, norm, mean = ctx.saved_tensors
+        x, gamma, beta, norm, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _grad_by_autograd(_grn, (x, gamma, beta), grad)
         space = tuple(range(1, x.ndim - 1))
         n = norm / mean
         grad_scale = (grad.to(norm.dtype) * x.to(norm.dtype)).sum(space, keepdim=True)  # of 1 + gamma * n
@@ -50,6 +58,12 @@ class _GRN(torch.autograd.Function):
         grad_x = (grad * (1 + gamma * n).to(x.dtype)).addcmul_(x, factor.to(x.dtype))
         grad_gamma = (grad_scale * n).flatten(0, -2).sum(0)
         return grad_x, grad_gamma, grad.flatten(0, -2).sum(0, dtype=norm.dtype)
+
+
+def _grn(x, gamma, beta):
+    """What `_GRN` computes, in plain operations."""
+    norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim - 1)), keepdim=True)
+    return gamma * (x * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + beta + x
 
 
 class GRN(nn.Module):
@@ -101,13 +115,14 @@ class _DepthwiseConvCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         return _conv_as_it_lies(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _grad_by_autograd(_depthwise_conv, (x, weight, bias), grad)
         (n, c), pad = x.shape[:2], weight.shape[-1] // 2
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -120,13 +135,17 @@ class _DepthwiseConvCPU(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
+def _depthwise_conv(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
 def depthwise_conv(x, weight, bias):
     """Depthwise convolution, stride 1, zero padded: (N, C, H, W) with an odd square kernel (C, 1, K, K) -> the same.
 
     x should lie in memory as (N, H, W, C), on the CPU best as (H, W, N, C): (N, C, H, W) is 2 to 3 times slower.
     """
     if x.device.type != "cpu":
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return _depthwise_conv(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         # Autocast does not reach into autograd functions, so its casts are made here.
         dtype = torch.get_autocast_dtype("cpu")

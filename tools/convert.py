@@ -43,11 +43,10 @@ def main(args):
         utils.write_whole(args.output, lambda file: torch.save(state if args.to == "timm" else {"model": state}, file))
     except OSError as error:
         raise UserError(f"OUT {args.output}: {error.strerror}") from None
-    head = "a head" if any(name.startswith("head.") for name in state) else "no head (timm: num_classes=0)"
-    depths, dims = config["depths"], config["dims"]
-    print(
-        f"{len(state)} tensors, depths {depths}, dims {dims}, {head}, {len(decoder)} of a decoder left out: {args.output}"
-    )
+    has_head = "head.weight" in state or "head.fc.weight" in state
+    head = "a head" if has_head else "no head (timm: num_classes=0)"
+    size = f"depths {config['depths']}, dims {config['dims']}"
+    print(f"{len(state)} tensors, {size}, {head}, {len(decoder)} of a decoder left out: {args.output}")
 
 
 if __name__ == "__main__":
