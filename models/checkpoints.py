@@ -93,6 +93,7 @@ def get_weights(checkpoint, path, model_key="model|module", model_prefix=""):
 def load_weights(model, state, path):
     """Load exactly the weights of a model. Raises UserError, with a difference of each kind, if `state` has others."""
     own = model.state_dict()
+    state = {name: unflatten(value, own[name]) if name in own else value for name, value in state.items()}
     differences = [
         [f"{name} is missing" for name in own if name not in state],
         [f"{name} is not of this model" for name in state if name not in own],
@@ -125,7 +126,6 @@ def load_backbone(model, state, path):
     if "head.weight" in state and len(state["head.weight"]) != len(own["head.weight"]):
         report.append(f"left out the head: it has {len(state['head.weight'])} classes, not {len(own['head.weight'])}")
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
-    state = {name: unflatten(value, own[name]) if name in own else value for name, value in state.items()}
     stem = "downsample_layers.0.0.weight"
     if stem in state and state[stem].ndim == 4 and state[stem].shape[1] != own[stem].shape[1]:
         before, now = state[stem].shape[1], own[stem].shape[1]
