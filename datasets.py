@@ -8,6 +8,7 @@ on at any step without a saved generator state.
 import contextlib
 import os
 import random
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,15 @@ from timm.data.constants import (
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import InterpolationMode, v2
 
-from utils import UserError, derive_seed, get_rank, get_world_size, main_process_first
+from utils import (
+    STOP_SIGNALS,
+    UserError,
+    derive_seed,
+    get_rank,
+    get_world_size,
+    main_process_first,
+    release_locks,
+)
 
 COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow names these but cannot read them
@@ -504,10 +513,17 @@ class EpochSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         epoch = self.epoch
-        order = np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.num_samples)
+        order = self.order(epoch)
         for batch in range(self.step * self.update_freq, self.steps_per_epoch * self.update_freq):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, int(index)) for index in order[first : first + self.batch_size]]
+            yield [(epoch, int(index)) for index in self.part(order, batch)]
+
+    def order(self, epoch):
+        return np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.num_samples)
+
+    def part(self, order, batch):
+        """What this process takes of an order for its batch of that number."""
+        first = (batch * self.world_size + self.rank) * self.batch_size
+        return order[first : first + self.batch_size]
 
 
 def build_train_loader(dataset, args):
@@ -529,6 +545,13 @@ def build_eval_loader(dataset, args):
     return build_loader(dataset, args, batch_size=args.batch_size, sampler=range(rank, len(dataset), world_size))
 
 
+def prepare_worker(worker):
+    """Signals to the whole job are for the main process, which needs its workers until it has saved; so is the lock."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    release_locks()
+
+
 def build_loader(dataset, args, **which):
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))
     return torch.utils.data.DataLoader(
@@ -537,6 +560,7 @@ def build_loader(dataset, args, **which):
         num_workers=workers,
         pin_memory=args.pin_mem and args.device.startswith("cuda"),
         persistent_workers=workers > 0,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # else each epoch would draw from the global one
         **which,
     )

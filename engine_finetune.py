@@ -56,15 +56,20 @@ class Evaluation(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, args):
+def evaluate(model, loader, args, give_up=lambda: False):
     """The `Evaluation` of a model by all processes together, exact: no image counts twice. All get the same.
 
+    give_up: asked at every batch; once it is true on any process, the result is None on all (with args.dist_eval).
     Raises UserError if no image could be read.
     """
     model.eval()
     device = next(model.parameters()).device  # averaged weights may be elsewhere
+    given_up = False
     rows, unreadable = [torch.empty(0, 5, dtype=torch.float64, device=device)], []
     for batch in loader:
+        given_up = give_up()
+        if given_up:
+            break
         unreadable += batch.unreadable
         if not len(batch.imgs):
             continue
@@ -80,7 +85,9 @@ def evaluate(model, loader, args):
         rows.append(torch.stack([column.double() for column in columns], dim=1))
     rows = torch.cat(rows).cpu()
     if dist.is_initialized() and args.dist_eval:
-        rows, unreadable = gather(rows, unreadable)
+        rows, unreadable, given_up = gather(rows, unreadable, given_up)
+    if given_up:
+        return None
     if not len(rows):
         raise UserError(f"none of the images could be read: {unreadable[0]}")
     # In the order of the set, so that the sums do not depend on how it was divided
@@ -95,8 +102,9 @@ def evaluate(model, loader, args):
     )
 
 
-def gather(rows, unreadable):
-    """The rows and names of all processes, on each."""
+def gather(rows, unreadable, given_up):
+    """The rows and names of all processes, on each, and whether any has given up."""
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (rows, unreadable))
-    return torch.cat([part[0] for part in parts]), [name for part in parts for name in part[1]]
+    dist.all_gather_object(parts, (rows, unreadable, given_up))
+    rows, names, flags = zip(*parts, strict=True)
+    return torch.cat(rows), [name for some in names for name in some], any(flags)

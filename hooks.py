@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -43,13 +44,17 @@ class Mean:
 class RunState:
     """Where a run stands: what hooks read and checkpoints keep. The same on every process but for its own images."""
 
-    def __init__(self, args, model, optimizer, scaler, steps_per_epoch, num_images, model_ema=None, class_names=None):
+    def __init__(
+        self, args, model, optimizer=None, scaler=None, sampler=None, images=(), model_ema=None, class_names=None
+    ):
         self.args = args
         self.model = model  # without DDP and compilation
         self.optimizer = optimizer
         self.scaler = scaler
-        self.steps_per_epoch = steps_per_epoch
-        self.num_images = num_images
+        self.sampler = sampler
+        self.images = images
+        self.steps_per_epoch = sampler.steps_per_epoch if sampler else 0
+        self.num_images = len(images)
         self.model_ema = model_ema  # averaged weights, or None
         self.class_names = class_names
         self.evaluations = {}  # the last ones, by what was evaluated: "" the model, "_ema" the averaged weights
@@ -65,6 +70,7 @@ class RunState:
         self.unread_losses = []  # tensors on the device
         self.unreadable_images = {}  # names that all processes met, in order
         self.unread_names = []  # those that this one met since
+        self.stop_requested = lambda: False  # whether to give up what can be made again
         self.start_lap()
 
     @property
@@ -114,7 +120,9 @@ class RunState:
         if not self.unread_losses:
             return
         losses, names = torch.stack(self.unread_losses).float(), [self.unread_names]
+        own = losses
         if dist.is_initialized():
+            losses = own.clone()
             dist.all_reduce(losses)
             losses /= dist.get_world_size()
             names = [None] * dist.get_world_size()
@@ -122,19 +130,37 @@ class RunState:
         self.unread_losses, self.unread_names = [], []
         self.unreadable_images |= dict.fromkeys(name for some in names for name in some)
         values = losses.tolist()
-        bad = [index for index, value in enumerate(values) if not math.isfinite(value)]
-        if bad:
-            step = self.step - (len(values) - 1 - bad[0]) // self.args.update_freq
-            raise utils.TrainingError(
-                f"loss is {values[bad[0]]} in epoch {self.epoch}, step {step} of {self.steps_per_epoch}: stopped. "
-                "The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 may help"
-            )
+        bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            batch = self.step * self.args.update_freq - len(values) + bad
+            self.refuse_loss(values[bad], batch, names=[] if own[bad].isfinite() else self.names_of_batch(batch))
         self.epoch_loss.add(values)
         self.lap_loss.add(values)
 
+    def names_of_batch(self, batch):
+        """The files of this process's batch of that number in this epoch."""
+        return [self.images.name(index) for index in self.sampler.part(self.sampler.order(self.epoch), batch)]
+
+    def refuse_loss(self, loss, batch, names):
+        """Raise TrainingError for a loss that is not finite; names: of the images that made it so on this process."""
+        if dist.is_initialized():
+            everywhere = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, names)
+            names = [name for some in everywhere for name in some]
+        examples = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        if self.args.output_dir and utils.is_main_process():
+            path = Path(self.args.output_dir) / "nonfinite_batch.txt"
+            path.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
+            examples += f" (all in {path})"
+        raise utils.TrainingError(
+            f"loss is {loss} in epoch {self.epoch}, step {batch // self.args.update_freq + 1} of "
+            f"{self.steps_per_epoch}: stopped. The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 "
+            f"may help. In the batch: {examples}"
+        )
+
     def observe_evaluations(self, evaluations):
-        """Keep the evaluations of an epoch, and which is the best."""
-        self.evaluations = evaluations
+        """Keep the evaluations of an epoch, and which is the best; none of them if one was given up."""
+        self.evaluations = evaluations = {} if None in evaluations.values() else evaluations
         for what, evaluation in evaluations.items():
             if what not in self.best or evaluation.acc1 > self.best[what][0]:
                 self.best[what] = [evaluation.acc1, self.epoch]
@@ -144,6 +170,7 @@ class RunState:
         """What a checkpoint keeps besides model, averaged model, optimizer, scaler, epoch and step."""
         return {
             "epoch_loss": [self.epoch_loss.sum, self.epoch_loss.count],
+            "lr": self.lr,
             "unreadable_images": list(self.unreadable_images),
             "effective_batch_size": self.args.effective_batch_size,
             "num_images": self.num_images,
@@ -160,7 +187,7 @@ class RunState:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         if self.step:
-            self.epoch_loss = Mean(*checkpoint["epoch_loss"])
+            self.epoch_loss, self.lr = Mean(*checkpoint["epoch_loss"]), checkpoint["lr"]
         self.unreadable_images = dict.fromkeys(checkpoint["unreadable_images"])
         self.best = checkpoint["best"]
 
@@ -556,6 +583,8 @@ class Checkpointer(Hook):
 
     everywhere = True  # reading the losses takes all processes
 
+    saved = None  # what was written last
+
     def on_step(self, state):
         every = state.args.save_ckpt_steps
         if every and state.step % every == 0 and state.step != state.steps_per_epoch:
@@ -569,9 +598,14 @@ class Checkpointer(Hook):
         if done % state.args.save_ckpt_freq == 0 or done == state.args.epochs:
             self.save(state)
 
-    @staticmethod
-    def save(state, **which):
-        """Write a checkpoint. Raises TrainingError if the weights are lost, or if the last one cannot be written."""
+    def save(self, state, last=False, **which):
+        """Write a checkpoint, if it is not there yet.
+
+        Raises TrainingError if the weights are lost, or if it cannot be written and the run ends here (last).
+        """
+        now = (state.epoch, which)
+        if self.saved == now:
+            return
         state.read_losses()
         if not torch.nn.utils.get_total_norm(state.model.parameters()).isfinite():
             raise utils.TrainingError(
@@ -590,9 +624,81 @@ class Checkpointer(Hook):
                 **which,
                 **state.progress(),
             )
+            self.saved = now
         except OSError as error:
-            if not which and state.epoch + 1 == state.args.epochs:
+            if last or not which and state.epoch + 1 == state.args.epochs:
                 raise utils.TrainingError(f"the last checkpoint could not be saved: {error}") from None
             utils.log(
                 f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, training goes on."
             )
+
+
+def saving_hooks(args):
+    """What keeps a run from being lost, as far as args.save_ckpt lets it."""
+    checkpointer = Checkpointer() if args.output_dir and args.save_ckpt else None
+    return ([checkpointer] if checkpointer else []) + [StopOnSignal(checkpointer)]
+
+
+class StopOnSignal(Hook):
+    """After a signal that a scheduler sends before it takes the machine: save and stop, on all processes at one step.
+
+    The signal is only noted; what is under way is finished first, so nothing is cut short, however many signals come.
+    Processes ask each other every `PATIENCE` seconds or so, not every step. Raises `utils.Stopped`.
+    """
+
+    everywhere = True
+    PATIENCE = 2.0
+
+    def __init__(self, checkpointer=None):
+        self.checkpointer = checkpointer
+        self.received = 0  # the number of the signal
+        self.every = self.left = 1  # steps from one question to the next, and those left
+
+    def on_start(self, state):
+        self.before = {signum: signal.signal(signum, self.note) for signum in utils.STOP_SIGNALS}
+        self.asked = time.perf_counter()
+        state.stop_requested = lambda: bool(self.received)
+
+    def note(self, signum, frame):
+        self.received = self.received or signum
+
+    def on_step(self, state):
+        self.left -= 1
+        if self.left <= 0 or state.step == state.steps_per_epoch:
+            self.stop_if_asked(state, step=state.step)
+
+    def on_evaluate(self, state):
+        """An evaluation that was given up leaves nothing: it is made anew after the end of the stop."""
+        if not state.evaluations:
+            self.stop_if_asked(state, step=state.step)
+
+    def on_epoch_end(self, state):
+        self.stop_if_asked(state)
+
+    def stop_if_asked(self, state, **which):
+        received = self.agree()
+        if not received:
+            return
+        if self.checkpointer is not None:
+            self.checkpointer.save(state, last=True, **which)
+        if dist.is_initialized():
+            dist.all_reduce(torch.zeros(1))  # launchers end the other processes as soon as one has left
+        requeue = self.before[received] if received != signal.SIGTERM else None
+        self.on_end(state)
+        raise utils.Stopped(received, self.checkpointer is not None, requeue if callable(requeue) else None)
+
+    def agree(self):
+        """The signal that any process has got, or 0, the same on all; they must call it at the same step."""
+        if not dist.is_initialized():
+            return self.received
+        now = time.perf_counter()
+        facts = torch.tensor([self.received, now - self.asked], dtype=torch.float64)
+        dist.all_reduce(facts, dist.ReduceOp.MAX)
+        received, seconds = facts.tolist()
+        self.asked = now
+        self.left = self.every = max(1, min(2 * self.every, int(self.every * self.PATIENCE / seconds)))
+        return int(received)
+
+    def on_end(self, state):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)

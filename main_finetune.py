@@ -295,8 +295,8 @@ def build_hooks(args, state):
         observers.append(hooks.TensorBoard(args.log_dir or args.output_dir))
     if args.output_dir:
         observers.append(hooks.ClassReport(args.output_dir))
-    if args.output_dir and args.save_ckpt and not args.eval:
-        observers.append(hooks.Checkpointer())  # last: what it keeps has been logged
+    if not args.eval:
+        observers += hooks.saving_hooks(args)  # last: what they keep has been logged
     return hooks.Hooks(observers)
 
 
@@ -320,7 +320,7 @@ def evaluate_only(args):
     # model
     model = build_model(args, len(class_names)).to(args.device)
     load_weights(model, weights, path)
-    state = hooks.RunState(args, model, None, None, 0, len(dataset), class_names=class_names)
+    state = hooks.RunState(args, model, images=dataset.images, class_names=class_names)
     if "format" in checkpoint:
         state.epoch = checkpoint["epoch"]
     log(f"{args.model}: {state.n_parameters / 1e6:.1f} M parameters from {path}, {len(class_names)} classes")
@@ -359,9 +359,7 @@ def main(args):
     optimizer = build_optimizer(args, model)
     criterion, mixup_fn = build_loss(args, len(class_names))
     scaler = torch.amp.GradScaler(args.device.partition(":")[0], enabled=args.use_amp and args.amp_dtype == "float16")
-    state = hooks.RunState(
-        args, model, optimizer, scaler, sampler.steps_per_epoch, len(dataset.images), model_ema, class_names
-    )
+    state = hooks.RunState(args, model, optimizer, scaler, sampler, dataset.images, model_ema, class_names)
     hooks.resume(state, RUN_FLAGS)
     if args.compile:
         model = torch.compile(model)
@@ -386,8 +384,11 @@ def main(args):
         observers("on_epoch_start", state)
         train_one_epoch(model, criterion, loader, optimizer, scaler, state, observers, args, mixup_fn)
         if eval_loader is not None:
-            models = {"": model_without_ddp} | ({"_ema": model_ema.module} if args.model_ema_eval else {})
-            state.observe_evaluations({what: evaluate(model, eval_loader, args) for what, model in models.items()})
+            parts = {"": model_without_ddp} | ({"_ema": model_ema.module} if args.model_ema_eval else {})
+            give_up = state.stop_requested if args.dist_eval else lambda: False
+            state.observe_evaluations(
+                {what: evaluate(part, eval_loader, args, give_up) for what, part in parts.items()}
+            )
             observers("on_evaluate", state)
         observers("on_epoch_end", state)
         state.end_epoch()

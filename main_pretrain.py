@@ -145,9 +145,7 @@ def build_hooks(args, dataset):
         observers.append(hooks.TensorBoard(args.log_dir or args.output_dir))
     if args.output_dir and args.picture_freq:
         observers.append(hooks.Reconstructions(dataset, args.output_dir, args.picture_freq))
-    if args.output_dir and args.save_ckpt:
-        observers.append(hooks.Checkpointer())  # last: what it keeps has been logged
-    return hooks.Hooks(observers)
+    return hooks.Hooks(observers + hooks.saving_hooks(args))  # last: what they keep has been logged
 
 
 def main(args):
@@ -163,10 +161,10 @@ def main(args):
 
     # model and optimizer
     torch.manual_seed(args.seed)
-    model = model_without_ddp = build_model(args).to(args.device)
+    model = build_model(args).to(args.device)
     optimizer = torch.optim.AdamW(get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(args.device.partition(":")[0], enabled=args.use_amp and args.amp_dtype == "float16")
-    state = hooks.RunState(args, model_without_ddp, optimizer, scaler, sampler.steps_per_epoch, len(images))
+    state = hooks.RunState(args, model, optimizer, scaler, sampler, images)
     hooks.resume(state, RUN_FLAGS)
     if args.compile:
         model = torch.compile(model)

@@ -7,12 +7,15 @@ An output folder:
         checkpoint-10-400.pth   400 optimizer steps of epoch 10 are done (--save_ckpt_steps); as many are kept
         checkpoint-best.pth     of the epoch with the best accuracy (fine-tuning); -best-ema for the averaged weights
         log.txt                 one JSON object an epoch
+        run.lock                keeps a second run out while one writes
         events.out.tfevents.*   TensorBoard
         reconstruction-0009.png (pre-training)
         confusion.png, confusion.csv, per_class.csv (fine-tuning, evaluation)
 """
 
 import argparse
+import datetime
+import fcntl
 import math
 import os
 
@@ -25,8 +28,12 @@ import pickle
 import random
 import re
 import shlex
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -79,23 +86,65 @@ def str2bool(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+class Stopped(Exception):
+    """A signal ended the run.
+
+    saved: whether the run can go on from there. requeue: the handler of submitit, if it is there.
+    """
+
+    def __init__(self, signum, saved, requeue=None):
+        self.signum, self.saved, self.requeue = signum, saved, requeue
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what schedulers send before they take the machine
+STOPPED = 75  # exit status of a run that a signal stopped and that can go on: EX_TEMPFAIL, "try again"
+
+
 def run_script(main, parser):
-    """Parse the command line and call main(args); `UserError` ends the process with status 2, the rest with 1."""
+    """Parse the command line and call main(args) as `run_main` does."""
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    run_main(main, args, parser.prog)
+
+
+def run_main(main, args, name):
+    """Call main(args). What ends it early ends the process, in one line where no traceback helps.
+
+    Exit status: 2 after a `UserError`, 75 after `Stopped` if the run is saved, 1 after any other error.
+    """
     try:
         main(args)
+        leave_the_others()
     except KeyboardInterrupt:
         log("stopped by Ctrl-C; the same command goes on from the last checkpoint")
         sys.exit(130)
     except (UserError, TrainingError) as error:
         sys.stdout.flush()
         if is_main_process():
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            print(f"{name}: error: {error}", file=sys.stderr)
+        leave_the_others()
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except Stopped as stopped:
+        how = "the same command goes on from here" if stopped.saved else "nothing was saved"
+        log(f"stopped by {signal.Signals(stopped.signum).name}: {how}")
+        rank = get_rank()
+        leave_the_others()
+        if stopped.requeue is not None:
+            stopped.requeue(stopped.signum, None)  # on the main process only
+            time.sleep(0 if rank == 0 else 60)  # that ends all of the job; leaving before might end it too soon
+        sys.exit(STOPPED if stopped.saved else 128 + stopped.signum)
+    except Exception:
+        if get_world_size() > 1:
+            print(f"process {get_rank()} of {get_world_size()}, on {socket.gethostname()}, failed:", file=sys.stderr)
+        raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        release_locks()
+
+
+def leave_the_others():
+    """End the process group, where all do so at the same time."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def log(*words):
@@ -142,11 +191,17 @@ def add_shared_args(parser):
     )
     group.add_argument("--dist_on_itp", default=False, type=str2bool, help="ranks from Open MPI's environment")
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    group.add_argument(
+        "--dist_timeout",
+        default=1800,
+        type=int,
+        help="seconds after which a process that does not answer counts as dead",
+    )
 
 
 def check_shared_args(args):
     """Raise UserError for values that cannot work, before anything is loaded."""
-    check_least(args, 1, "batch_size epochs update_freq in_chans save_ckpt_freq save_ckpt_num print_freq")
+    check_least(args, 1, "batch_size epochs update_freq in_chans save_ckpt_freq save_ckpt_num print_freq dist_timeout")
     check_least(args, 0, "warmup_epochs seed start_epoch num_workers max_bad_images save_ckpt_steps")
     for name in ("lr", "blr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad"):
         value = getattr(args, name)
@@ -207,12 +262,47 @@ def prepare_output(args):
                 tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise UserError(f"--{name} {folder}: cannot be written: {error.strerror}") from None
-    if args.output_dir:
+    if args.output_dir and not getattr(args, "eval", False):
+        on_main_process(lambda: lock_folder(args.output_dir))
         remove_half_written(args.output_dir)
     if args.output_dir and not args.auto_resume and list_checkpoints(args.output_dir):
         raise UserError(
             f"--output_dir {args.output_dir}: holds the checkpoints of a run; take another, or --auto_resume true"
         )
+
+
+LOCKS = []  # open files; their locks end with them, however the process ends
+
+
+def lock_folder(folder, patience=10):
+    """Keep other runs from writing to a folder for as long as this process lives. Raises UserError if one does.
+
+    patience: seconds for a run that is just ending, such as one that was killed.
+    """
+    file = open(Path(folder) / "run.lock", "a+")
+    start = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > start + patience:
+                file.seek(0)
+                raise UserError(f"--output_dir {folder}: another run writes there: {file.read().strip()}") from None
+            time.sleep(0.2)
+        except OSError as error:
+            return log(
+                f"{folder}: this file system has no locks ({error.strerror}): see that no other run writes there"
+            )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    LOCKS.append(file)
+
+
+def release_locks():
+    while LOCKS:
+        LOCKS.pop().close()
 
 
 def log_args(args):
@@ -238,36 +328,70 @@ def is_main_process():
     return get_rank() == 0
 
 
-def init_distributed_mode(args):
-    """Join the other processes of torchrun, torch.distributed.launch or (--dist_on_itp) Open MPI, if there are any.
+def find_ranks(args):
+    """(rank, number of processes, rank on this machine) as the launcher says, or None for a process on its own.
 
-    Sets args.distributed, args.rank, args.world_size and args.local_rank.
+    Of Slurm only what `srun` sets for the tasks of a step counts: a shell within `salloc` or `sbatch` is on its own.
     """
     env = os.environ
-    args.rank, args.distributed = 0, False
     if args.dist_on_itp:
         if "OMPI_COMM_WORLD_RANK" not in env:
             raise UserError("--dist_on_itp true: no OMPI_COMM_WORLD_RANK in the environment; start with mpirun")
-        args.rank, args.world_size = int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"])
-        args.local_rank = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
         args.dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-    elif "RANK" in env and "WORLD_SIZE" in env:
-        args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        args.local_rank = int(env.get("LOCAL_RANK", max(args.local_rank, 0)))
-    else:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        return tuple(int(env[name]) for name in names)
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", max(args.local_rank, 0)))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "MASTER_ADDR" not in env and args.dist_url == "env://":
+            env["MASTER_ADDR"] = first_address_of_slurm_step()
+        # a port that the steps of other jobs on the same machine do not take
+        env.setdefault("MASTER_PORT", str(15000 + (64 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 15000))
+        return tuple(int(env[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+    return None
+
+
+def first_address_of_slurm_step():
+    """The address under which Slurm itself reaches the machine of the step's first task."""
+
+    def scontrol(*words):
+        return subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True).stdout
+
+    try:
+        first = scontrol("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
+        return re.search(r"NodeAddr=(\S+)", scontrol("show", "node", first))[1]
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"srun: where is process 0? {error}; set MASTER_ADDR to its address") from None
+
+
+def init_distributed_mode(args):
+    """Join the other processes of torchrun, torch.distributed.launch, srun or (--dist_on_itp) mpirun, if there are any.
+
+    Sets args.distributed, args.rank, args.world_size and args.local_rank.
+    """
+    args.rank, args.distributed = 0, False
+    ranks = find_ranks(args)
+    if ranks is None:
         return
+    args.rank, args.world_size, args.local_rank = ranks
     args.distributed = True
     backend = "gloo"
     if args.device.startswith("cuda"):
-        backend = "nccl"
+        backend = "cpu:gloo,cuda:nccl"  # what is on the CPU is exchanged without waiting for the GPU
         torch.cuda.set_device(args.local_rank)
         args.device = f"cuda:{args.local_rank}"
-    dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+    dist.init_process_group(
+        backend,
+        init_method=args.dist_url,
+        world_size=args.world_size,
+        rank=args.rank,
+        timeout=datetime.timedelta(seconds=args.dist_timeout),
+    )
 
 
-def main_process_first(work):
-    """Call work() on the main process, then on the others. If it fails there, all raise the same UserError."""
-    error = [None]
+def on_main_process(work):
+    """Call work() on the main process alone, and return its result there. If it fails, all raise the same UserError."""
+    result, error = None, [None]
     if is_main_process():
         try:
             result = work()
@@ -275,8 +399,14 @@ def main_process_first(work):
             error = [str(caught)]
     if dist.is_initialized():
         dist.broadcast_object_list(error)
-    if error[0]:
+    if error[0] is not None:
         raise UserError(error[0])
+    return result
+
+
+def main_process_first(work):
+    """Call work() on the main process, then on the others. If it fails there, all raise the same UserError."""
+    result = on_main_process(work)
     return result if is_main_process() else work()
 
 
