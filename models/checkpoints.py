@@ -65,8 +65,7 @@ def remap_checkpoint_keys(state):
 
     From the original's Minkowski training: `kernel` (kh * kw, in, out), or (kh * kw, C) if depthwise, the first axis of
     space running fastest, becomes `weight` (out, in, kh, kw) or (C, 1, kh, kw); biases (1, C) become (C,); `.ln.` and
-    `.linear.` go; GRN (1, 4C) becomes (1, 1, 1, 4C), as does timm's (4C,). Its
-    1x1 convolutions (out, in, 1, 1) become linear.
+    `.linear.` go; GRN (1, 4C) becomes (1, 1, 1, 4C), as does timm's (4C,). timm's 1x1 convolutions become linear.
     """
     from_timm = [(theirs, ours) for ours, theirs in TIMM_NAMES]
     remapped = {}

@@ -192,7 +192,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.filterwarnings("ignore:.*opt_einsum")
+@pytest.mark.filterwarnings("ignore:.*opt_einsum", "ignore:.*create_graph")
 def test_every_optimizer_of_timm_that_works_here_takes_steps_with_layer_decay(one_thread):
     def by_timm(model):
         return create_optimizer_v2(model, name, 1e-3)  # fails if it needs a GPU or another package
