@@ -21,7 +21,7 @@ def train_one_epoch(model, criterion, loader, optimizer, scaler, state, hooks, a
         targets = batch.targets.to(args.device, non_blocking=True)
         if mixup_fn is not None:
             imgs, targets = mixup_fn(imgs, targets)
-        return criterion(model(imgs), targets)
+        return criterion(model(imgs).float(), targets)  # autocast on the CPU leaves a loss in low precision
 
     optimize(forward, model, loader, optimizer, scaler, state, hooks, args)
 

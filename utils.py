@@ -479,6 +479,16 @@ def write_whole(path, write):
         raise
 
 
+def save_whole(path, content):
+    """torch.save as by `write_whole`. Raises OSError with the path and the system's reason."""
+    try:
+        write_whole(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write in words of its own; the system's are behind them
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path}: {getattr(reason, 'strerror', None) or reason}") from error
+
+
 def remove_half_written(folder):
     """Remove what a process that was killed within `write_whole` has left."""
     if is_main_process():
@@ -527,12 +537,7 @@ def save_model(
         checkpoint["model_ema"] = model_ema.module.state_dict()
     kept = name is not None
     name = f"checkpoint-{name if kept else epoch if step is None else f'{epoch}-{step}'}.pth"
-    try:
-        write_whole(folder / name, lambda file: torch.save(checkpoint, file))
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write in words of its own; the system's are behind them
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{folder / name}: {getattr(reason, 'strerror', None) or reason}") from error
+    save_whole(folder / name, checkpoint)
     if kept:
         return
     order = checkpoint_order(name)

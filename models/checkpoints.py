@@ -40,8 +40,24 @@ def rename(name, pairs):
 
 
 def to_timm(state):
-    """A state dict of the dense model with timm's names and shapes: GRN is (4C,) there."""
-    return {rename(name, TIMM_NAMES): value.flatten() if ".grn." in name else value for name, value in state.items()}
+    """A state dict of the dense model with timm's names and shapes.
+
+    GRN is (4C,) there, and the linear layers of the four smallest sizes, those with two blocks in the first stage, are
+    1x1 convolutions. timm demands the norm before the head: where there is none it is written as it starts.
+    """
+    convolutions = count_blocks(state, "stages.0.") == 2
+    state = dict(state)
+    if "norm.weight" not in state:
+        width = len(state["downsample_layers.3.1.weight"])
+        state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    converted = {}
+    for name, value in state.items():
+        if ".grn." in name:
+            value = value.flatten()
+        elif convolutions and ".pwconv" in name and name.endswith(".weight"):
+            value = value[:, :, None, None]
+        converted[rename(name, TIMM_NAMES)] = value
+    return converted
 
 
 def remap_checkpoint_keys(state):
@@ -49,7 +65,7 @@ def remap_checkpoint_keys(state):
 
     From the original's Minkowski training: `kernel` (kh * kw, in, out), or (kh * kw, C) if depthwise, the first axis of
     space running fastest, becomes `weight` (out, in, kh, kw) or (C, 1, kh, kw); biases (1, C) become (C,); `.ln.` and
-    `.linear.` go; GRN (1, 4C) becomes (1, 1, 1, 4C), as does timm's (4C,).
+    `.linear.` go; GRN (1, 4C) becomes (1, 1, 1, 4C), as does timm's (4C,). timm's 1x1 convolutions become linear.
     """
     from_timm = [(theirs, ours) for ours, theirs in TIMM_NAMES]
     remapped = {}
@@ -64,6 +80,8 @@ def remap_checkpoint_keys(state):
             value = value.reshape(1, 1, 1, -1)
         elif name.endswith(".bias"):
             value = value.flatten()
+        elif name.endswith((".pwconv1.weight", ".pwconv2.weight")):
+            value = value.flatten(1)
         remapped[name] = value
     return remapped
 
@@ -82,9 +100,10 @@ def get_weights(checkpoint, path, model_key="model|module", model_prefix=""):
             f"{path}: holds no weights; accepted is a dict of tensors by name, or one under {model_key!r}; "
             f"it has {', '.join(map(str, list(checkpoint)[:8]))}"
         )
-    for wrapper in ("module.", "_orig_mod.", model_prefix):  # of DistributedDataParallel and torch.compile
-        if wrapper and (wrapper == model_prefix or all(name.startswith(wrapper) for name in state)):
-            state = {name.removeprefix(wrapper): value for name, value in state.items() if name.startswith(wrapper)}
+    # of DistributedDataParallel and torch.compile, in either order
+    while state and any(all(name.startswith(wrapper) for name in state) for wrapper in ("module.", "_orig_mod.")):
+        state = {name.split(".", 1)[1]: value for name, value in state.items()}
+    state = {name.removeprefix(model_prefix): value for name, value in state.items() if name.startswith(model_prefix)}
     if not state:
         raise UserError(f"{path}: holds no weight whose name begins with {model_prefix!r}")
     return remap_checkpoint_keys(state)

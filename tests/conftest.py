@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import main_finetune
 import main_pretrain
 
 torch.set_num_threads(2)
@@ -15,6 +16,8 @@ torch.set_num_threads(2)
 # A model and images small enough that a step takes a tenth of a second
 SMALL = "--model convnextv2_atto --decoder_embed_dim 16 --input_size 32 --stem_stride 1".split()
 SMALL += "--device cpu --num_workers 0".split()
+# Likewise for fine-tuning
+TINY = "--model convnextv2_atto --input_size 32 --device cpu --num_workers 0".split()
 
 
 @pytest.fixture(scope="session")
@@ -30,26 +33,47 @@ def image_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def labelled_folder(tmp_path_factory):
+    """train/ with 22 and val/ with 7 images drawn at random, in three class folders."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 22), ("val", 7)):
+        for number in range(count):
+            path = folder / part / ("ant", "bee", "cat")[number % 3] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
 class Result:
     def __init__(self, status, out, err):
         self.status, self.out, self.err = status, out, err
 
 
+def run_here(module, flags, monkeypatch, capsys):
+    """Run a training script with flags, in this process: its exit status and what it printed."""
+    name = f"{module.__name__}.py"
+    monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+    status = 0
+    try:
+        utils.run_script(module.main, utils.FlagParser(prog=name, parents=[module.get_args_parser()]))
+    except SystemExit as exit:
+        status = exit.code
+    return Result(status, *capsys.readouterr())
+
+
 @pytest.fixture
 def pretrain(capsys, monkeypatch):
-    """Run main_pretrain.py with flags, in this process: its exit status and what it printed."""
+    """pretrain(*flags): main_pretrain.py, see `run_here`."""
+    return lambda *flags: run_here(main_pretrain, flags, monkeypatch, capsys)
 
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["main_pretrain.py", *map(str, flags)])
-        status = 0
-        try:
-            parser = utils.FlagParser(prog="main_pretrain.py", parents=[main_pretrain.get_args_parser()])
-            utils.run_script(main_pretrain.main, parser)
-        except SystemExit as exit:
-            status = exit.code
-        return Result(status, *capsys.readouterr())
 
-    return run
+@pytest.fixture
+def finetune(capsys, monkeypatch):
+    """finetune(*flags): main_finetune.py, see `run_here`."""
+    return lambda *flags: run_here(main_finetune, flags, monkeypatch, capsys)
 
 
 def weights(folder, name):

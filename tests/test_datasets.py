@@ -1,5 +1,8 @@
 """What is read from which files, and that samples depend on nothing but (seed, epoch, index)."""
 
+import pickle
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import Batch, EpochSampler, ImageFolder, PretrainDataset, find_images, read_image
+from datasets import Batch, ClassFolders, EpochSampler, ImageFolder, PretrainDataset, find_images, read_image
+from main_finetune import get_args_parser
+from utils import UserError
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
 RGB = np.stack([GREY, GREY * 2, 255 - GREY], axis=-1)
@@ -203,3 +208,264 @@ def test_normalize_matches_torchvision_and_inverts():
     assert torch.equal(datasets.denormalize(datasets.normalize(imgs)), imgs)
     grey = imgs[:, :1]
     assert torch.equal(datasets.denormalize(datasets.normalize(grey)), grey)
+
+
+# ---------------------------------------------------------------- labelled images
+
+
+def flags(text="", **values):
+    """The flags of fine-tuning, with --input_size as (height, width)."""
+    args = get_args_parser().parse_args(text.split())
+    size = args.input_size if isinstance(args.input_size, list) else [args.input_size]
+    args.input_size, args.aa = (size[0], size[-1]), None if args.aa == "none" else args.aa
+    return SimpleNamespace(**vars(args) | values)
+
+
+def test_class_folders_are_numbered_in_order_and_may_be_nested(tmp_path):
+    for number, name in enumerate(("b/2.png", "b/deep/er/1.png", "B/3.png", "a/4.png", "10/5.png", ".c/6.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(GREY + number).save(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    images = ClassFolders(tmp_path, 1)
+    assert images.class_names == ["10", "B", "a", "b"]
+    found = {images.name(i).removeprefix(f"{tmp_path}/"): int(images.targets[i]) for i in range(len(images))}
+    assert found == {"10/5.png": 0, "B/3.png": 1, "a/4.png": 2, "b/2.png": 3, "b/deep/er/1.png": 3}
+    assert [np.asarray(images.read(i))[0, 0] for i in range(5)] == [4, 2, 3, 0, 1]
+
+
+def test_class_folders_take_the_numbers_of_known_classes(labelled_folder):
+    images = ClassFolders(labelled_folder / "val", 3, ["aphid", "ant", "bee", "cat"])
+    assert len(images.class_names) == 4 and np.bincount(images.targets).tolist() == [0, 3, 2, 2]
+    with pytest.raises(UserError, match=r"class folder bee \(1 such\) is not among the 2 classes"):
+        ClassFolders(labelled_folder / "val", 3, ["ant", "cat"])
+
+
+def test_an_image_beside_the_class_folders_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.png", "2.png"):
+        Image.fromarray(RGB).save(tmp_path / name)
+    with pytest.raises(UserError, match="2.png lies beside the class folders"):
+        ClassFolders(tmp_path, 3)
+
+
+def test_where_the_labelled_images_are(labelled_folder, tmp_path):
+    def count(is_train, text, **values):
+        return len(datasets.build_images(is_train, flags(text, **values)))
+
+    here = dict(data_path=str(labelled_folder))
+    assert count(True, "", **here) == 22 and count(False, "", **here) == 7
+    assert count(True, "--data_set image_folder", data_path=str(labelled_folder / "train")) == 22
+    assert count(False, "", **here, eval_data_path=str(labelled_folder / "train")) == 22
+    with pytest.raises(UserError, match="no such folder"):
+        count(True, "--data_set IMNET", data_path=str(labelled_folder / "train"))
+
+
+def test_images_per_class_takes_the_first_of_each_for_training(labelled_folder):
+    args = flags("--images_per_class 2", data_path=str(labelled_folder))
+    images = datasets.build_images(True, args)
+    names = [images.name(i).split("/")[-1] for i in range(len(images))]
+    assert names == ["00.png", "03.png", "01.png", "04.png", "02.png", "05.png"]
+    assert images.targets.tolist() == [0, 0, 1, 1, 2, 2] and images.class_names == ["ant", "bee", "cat"]
+    assert np.array_equal(images.read(3), Image.open(labelled_folder / "train" / "bee" / "04.png"))
+    assert len(datasets.build_images(False, args)) == 7
+
+
+def test_digits_have_ten_classes():
+    train, val = (
+        datasets.build_images(is_train, flags("--data_set DIGITS --in_chans 1")) for is_train in (True, False)
+    )
+    assert train.class_names == val.class_names == list("0123456789")
+    assert len(train) == len(train.targets) == 1438 and len(val) == 359 and set(val.targets) == set(range(10))
+
+
+CIFARS = {
+    "CIFAR10": ("cifar-10-batches-py", "data_batch_1", "test_batch", "batches.meta", "labels", "label_names"),
+    "CIFAR": ("cifar-100-python", "train", "test", "meta", "fine_labels", "fine_label_names"),
+}
+
+
+@pytest.mark.parametrize("name", list(CIFARS))
+def test_cifar_is_read_from_its_files(tmp_path, monkeypatch, name):
+    """Files of 4 and 2 images in place of the real ones."""
+    folder, train, test, meta, labels, label_names = CIFARS[name]
+    kind = datasets.CIFAR100 if name == "CIFAR" else datasets.CIFAR10
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+    files = {
+        train: {"data": pixels[:4].reshape(4, -1), labels: [2, 0, 1, 2]},
+        test: {"data": pixels[4:].reshape(2, -1), labels: [1, 0]},
+        meta: {label_names: ["cat", "dog", "ant"]},
+    }
+    (tmp_path / folder).mkdir()
+    for file, content in files.items():
+        (tmp_path / folder / file).write_bytes(pickle.dumps(content))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    monkeypatch.setattr(kind, "train_list", [[train, ""]])
+    args = flags(f"--data_set {name}", data_path=str(tmp_path))
+    images = datasets.build_images(True, args)
+    assert images.class_names == ["cat", "dog", "ant"] and images.targets.tolist() == [2, 0, 1, 2]
+    assert np.array_equal(np.asarray(images.read(3)), pixels[3].transpose(1, 2, 0))
+    val = datasets.build_images(False, args)
+    assert val.targets.tolist() == [1, 0] and np.array_equal(np.asarray(val.read(0)), pixels[4].transpose(1, 2, 0))
+    args.images_per_class = 1
+    assert datasets.build_images(True, args).targets.tolist() == [2, 0, 1]
+
+
+def test_cifar_that_cannot_be_downloaded_is_told_in_one_line(tmp_path, monkeypatch):
+    def download(_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", download)
+    with pytest.raises(UserError, match="CIFAR10 is neither there nor can it be downloaded: no network"):
+        datasets.build_images(True, flags("--data_set CIFAR10", data_path=str(tmp_path)))
+
+
+# ---------------------------------------------------------------- augmentation of labelled images
+
+PLAIN = "--aa none --hflip 0 --reprob 0"  # crops alone
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)).resize((300, 200))
+
+
+def normalized(image, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+    pixels = (np.asarray(image, dtype=np.float64) / 255 - mean) / std
+    return torch.from_numpy(pixels).permute(2, 0, 1).float()
+
+
+def evaluated(text):
+    return datasets.build_transform(False, flags(text))(PICTURE)
+
+
+def trained(text, seed=0, image=PICTURE):
+    with datasets.randomness_of(seed):
+        return datasets.build_transform(True, flags(text))(image)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (384, 384), (416, 384)])
+def test_small_and_large_images_are_evaluated_whole(size):
+    expected = normalized(PICTURE.resize(size[::-1], Image.Resampling.BICUBIC))
+    assert torch.allclose(evaluated("--input_size {} {}".format(*size)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text, shorter, size", [("", 256, 224), ("--crop_pct 0.7", 320, 224), ("--input_size 32 --crop_pct 0.5", 64, 32)]
+)
+def test_evaluation_cuts_out_the_centre(text, shorter, size):
+    width = shorter * 3 // 2
+    left, top = (width - size) // 2, (shorter - size) // 2
+    image = PICTURE.resize((width, shorter), Image.Resampling.BICUBIC)
+    assert torch.allclose(evaluated(text), normalized(image.crop((left, top, left + size, top + size))), atol=1e-5)
+
+
+def test_evaluation_has_the_very_size_and_the_statistics_asked_for():
+    assert evaluated("--input_size 64 96").shape == (3, 64, 96)
+    expected = normalized(PICTURE.resize((32, 32), Image.Resampling.BICUBIC), 0.5, 0.5)
+    text = "--input_size 32 --imagenet_default_mean_and_std false"
+    assert torch.allclose(evaluated(text), expected, atol=1e-5)
+
+
+def test_small_training_images_are_whole_and_shifted_by_up_to_four_pixels():
+    whole = PICTURE.resize((32, 32), Image.Resampling.BICUBIC)
+    padded = np.pad(np.asarray(whole), ((4, 4), (4, 4), (0, 0)))
+    shifts = [normalized(padded[y : y + 32, x : x + 32]) for y in range(9) for x in range(9)]
+    found = set()
+    for seed in range(30):
+        sample = trained(f"--input_size 32 {PLAIN}", seed)
+        fits = [number for number, shift in enumerate(shifts) if torch.allclose(sample, shift, atol=1e-5)]
+        assert len(fits) == 1
+        found |= set(fits)
+    assert len(found) > 15
+
+
+def test_large_training_images_are_random_parts():
+    text = f"--input_size 64 96 {PLAIN}"
+    assert trained(text).shape == (3, 64, 96)
+    assert not torch.equal(trained(text, 0), trained(text, 1))
+
+
+def test_hflip_is_the_part_that_is_mirrored():
+    text = "--input_size 32 --aa none --reprob 0 --hflip"
+    for seed in range(5):
+        assert torch.equal(trained(f"{text} 1", seed), trained(f"{text} 0", seed).flip(2))
+
+
+def test_erasing_follows_its_flags():
+    text = "--input_size 32 --aa none --hflip 0"
+    plain = trained(f"{text} --reprob 0")
+    erased = {mode: trained(f"{text} --reprob 1 --remode {mode}") for mode in ("const", "pixel", "rand")}
+    where = {mode: (sample != plain).any(0) for mode, sample in erased.items()}
+    assert 0 < where["const"].sum() < 32 * 32 / 2 and not erased["const"][:, where["const"]].any()
+    colours = {mode: erased[mode][:, where[mode]].unique(dim=1).shape[1] for mode in erased}
+    assert colours["const"] == colours["rand"] == 1 and colours["pixel"] > 10
+    several = [trained(f"{text} --reprob 1 --remode const --recount 5", seed) for seed in range(9)]
+    assert np.mean([(sample == 0).all(0).sum() for sample in several]) > 0
+    assert any(not torch.equal(trained(f"{text} --reprob 1 --remode const", seed), several[seed]) for seed in range(9))
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("--aa none", "--aa rand-m9-mstd0.5-inc1"),
+        ("--aa rand-m9", "--aa rand-m1"),
+        ("--aa none", "--aa none --color_jitter 0.4"),
+        ("--aa none", "--aa none --train_interpolation bilinear"),
+        ("--aa none", "--aa none --imagenet_default_mean_and_std false"),
+    ],
+)
+def test_flags_of_the_augmentation_change_images(before, after):
+    common = "--input_size 48 --hflip 0 --reprob 0"
+    samples = [(trained(f"{common} {before}", seed), trained(f"{common} {after}", seed)) for seed in range(5)]
+    assert any(not torch.equal(*pair) for pair in samples)
+
+
+def test_color_jitter_yields_to_aa():
+    text = "--input_size 32 --hflip 0 --reprob 0"
+    assert torch.equal(trained(text), trained(f"{text} --color_jitter 0.4"))
+
+
+def test_arrays_of_any_number_of_channels_are_augmented():
+    array = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 40, 50), dtype=np.uint8))
+    args = flags("--in_chans 5 --input_size 48 --aa none")
+    for is_train in (True, False):
+        sample = datasets.build_transform(is_train, args)(array)
+        assert sample.shape == (5, 48, 48) and sample.dtype == torch.float32 and sample.abs().max() < 10
+
+
+def test_a_labelled_sample_is_a_function_of_seed_epoch_and_index(labelled_folder):
+    def build(seed):
+        return datasets.build_dataset(True, flags(f"--input_size 32 --seed {seed}", data_path=str(labelled_folder)))[0]
+
+    first, again, other = build(0), build(0), build(1)
+    torch.manual_seed(5)
+    a = [first[key] for key in ((0, 3), (1, 3), (0, 4))]
+    torch.manual_seed(6)
+    b = [again[key] for key in ((0, 4), (0, 3), (1, 3))]
+    for one, two in ((a[0], b[1]), (a[1], b[2]), (a[2], b[0])):
+        assert torch.equal(one[0], two[0]) and one[1:] == two[1:]
+    assert not torch.equal(a[0][0], a[1][0]) and not torch.equal(a[0][0], other[0, 3][0])
+    assert [sample[1:] for sample in a] == [(0, 3, []), (0, 3, []), (0, 4, [])]
+
+
+def test_a_labelled_stand_in_brings_its_own_class(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(RGB).save(tmp_path / name / "1.png")
+    (tmp_path / "a" / "1.png").write_text("not an image")
+    args = flags("--data_set image_folder --input_size 32", data_path=str(tmp_path), eval_data_path=str(tmp_path))
+    _, target, index, unreadable = datasets.build_dataset(True, args)[0][0, 0]
+    assert (target, index) == (1, 1) and unreadable[0].startswith(str(tmp_path / "a" / "1.png"))
+    batch = next(iter(datasets.build_eval_loader(datasets.build_dataset(False, args)[0], flags("--num_workers 0"))))
+    assert batch.indices.tolist() == [1] and batch.targets.tolist() == [1] and len(batch.imgs) == len(batch.unreadable)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_covers_every_image_once(labelled_folder, monkeypatch, world_size):
+    args = flags("--input_size 32 --batch_size 2 --num_workers 0", data_path=str(labelled_folder))
+    dataset, count = datasets.build_dataset(False, args)
+    monkeypatch.setattr(datasets, "get_world_size", lambda: world_size)
+
+    def indices(rank):
+        monkeypatch.setattr(datasets, "get_rank", lambda: rank)
+        return [index for batch in datasets.build_eval_loader(dataset, args) for index in batch.indices.tolist()]
+
+    assert count == 3 and sorted(index for rank in range(world_size) for index in indices(rank)) == list(range(7))
+    args.dist_eval = False
+    assert all(indices(rank) == list(range(7)) for rank in range(world_size))

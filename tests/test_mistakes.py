@@ -1,8 +1,10 @@
 """Mistakes that people make end with one line that names what was given and what is accepted, and status 2."""
 
+import shutil
+
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, TINY
 
 DIGITS = [*SMALL, "--data_set", "DIGITS"]
 
@@ -10,7 +12,7 @@ DIGITS = [*SMALL, "--data_set", "DIGITS"]
 def assert_one_clear_line(result, *words):
     assert result.status == 2
     lines = result.err.strip().splitlines()
-    assert lines[-1].startswith("main_pretrain.py: error: ")
+    assert lines[-1].startswith(("main_pretrain.py: error: ", "main_finetune.py: error: "))
     assert "Traceback" not in result.err + result.out
     assert len(lines) == 1 or lines[0].startswith("usage:")  # argparse shows the usage first
     for word in words:
@@ -134,3 +136,175 @@ def test_a_folder_with_checkpoints_is_not_overwritten(pretrain, tmp_path):
     torch.save({}, tmp_path / "checkpoint-3.pth")
     result = pretrain(*DIGITS, "--output_dir", tmp_path, "--auto_resume", "false")
     assert_one_clear_line(result, tmp_path, "checkpoints of a run")
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture
+def tune(finetune, labelled_folder):
+    """tune(*flags): a run of one epoch over three classes."""
+    flags = "--batch_size 4 --epochs 1 --warmup_epochs 0".split()
+    return lambda *more: finetune(*TINY, "--data_path", labelled_folder, *flags, *more)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tuned")
+
+
+@pytest.fixture
+def tuned(folder, tune):
+    """The checkpoint of such a run; made once."""
+    if not (folder / "checkpoint-0.pth").exists():
+        assert tune("--output_dir", folder).status == 0
+    return folder / "checkpoint-0.pth"
+
+
+@pytest.fixture
+def other(labelled_folder, tmp_path):
+    """A copy of the images, to be spoilt."""
+    return shutil.copytree(labelled_folder, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--model convnextv2_zepto", ["convnextv2_zepto", "convnextv2_atto", "convnextv2_huge"]),
+        ("--input_size 31", ["--input_size 31", "from 32 on"]),
+        ("--nb_classes 1000", ["--nb_classes 1000", "3 classes"]),
+        ("--layer_decay_type group --layer_decay 0.6", ["--layer_decay_type group", "(3, 3, 27, 3)", "'single'"]),
+        ("--layer_decay 0", ["--layer_decay 0"]),
+        ("--layer_decay_type pairs", ["pairs", "single", "group"]),
+        ("--model_ema_eval true", ["--model_ema_eval true", "--model_ema true"]),
+        ("--model_ema_decay 1.5", ["--model_ema_decay 1.5", "from 0 to 1"]),
+        ("--mixup 0.8 --batch_size 5", ["--batch_size 5", "even for mixup"]),
+        ("--cutmix 1 --batch_size 5", ["--batch_size 5", "even for mixup and cutmix"]),
+        ("--mixup -1", ["--mixup -1"]),
+        ("--cutmix_minmax 0.8 0.2", ["--cutmix_minmax", "0.8", "0.2", "the smaller first"]),
+        ("--cutmix_minmax 0.8", ["--cutmix_minmax", "expected 2"]),
+        ("--mixup_prob 2", ["--mixup_prob 2"]),
+        ("--opt adamx", ["--opt adamx", "adamw"]),
+        ("--opt_betas 0.9", ["--opt_betas", "0.9", "adamw takes 2"]),
+        ("--opt_betas 0.9 1.5", ["--opt_betas", "1.5", "below 1"]),
+        ("--opt_eps -1", ["--opt_eps -1"]),
+        ("--aa flip", ["--aa flip"]),
+        ("--aa rand-x3", ["--aa rand-x3"]),
+        ("--aa none --color_jitter -0.4", ["--color_jitter -0.4"]),
+        ("--crop_pct 1.5", ["--crop_pct 1.5", "at most 1"]),
+        ("--crop_pct 0", ["--crop_pct 0"]),
+        ("--drop_path 1", ["--drop_path 1", "less than 1"]),
+        ("--drop_path -0.1", ["--drop_path -0.1"]),
+        ("--smoothing 1.5", ["--smoothing 1.5"]),
+        ("--smoothing 1", ["--smoothing 1"]),
+        ("--reprob 2", ["--reprob 2"]),
+        ("--recount 0", ["--recount 0", "at least 1"]),
+        ("--clip_grad -1", ["--clip_grad -1"]),
+        ("--images_per_class 1", ["3 images", "whole step of 4"]),
+        ("--images_per_class -1", ["--images_per_class -1"]),
+        ("--in_chans 5", ["--in_chans 5", "--aa none"]),
+        ("--in_chans 5 --data_set DIGITS", ["--in_chans 5", "1, 3, 4"]),
+        ("--data_set IMAGENET", ["IMAGENET", "DIGITS"]),
+        ("--data_path /no/such", ["--data_path /no/such", "no such folder"]),
+        ("--eval_data_path /no/such", ["--eval_data_path /no/such", "no such folder"]),
+        ("--data_path=", ["--data_path", "DIGITS"]),
+        ("--finetune /no/such.pth", ["/no/such.pth", "No such file"]),
+        ("--eval true", ["--eval true", "--resume FILE"]),
+        ("--eval true --disable_eval true", ["--disable_eval true"]),
+        ("--eval true --resume /no/such.pth", ["/no/such.pth", "No such file"]),
+    ],
+)
+def test_wrong_flags_of_fine_tuning(tune, flags, words):
+    assert_one_clear_line(tune(*flags.split()), *words)
+
+
+def test_finetune_from_a_file_without_an_encoder(tune, tmp_path):
+    torch.save({"model": {"foo": torch.zeros(3)}}, tmp_path / "foo.pth")
+    assert_one_clear_line(tune("--finetune", tmp_path / "foo.pth"), "foo.pth", "another model", "foo is not")
+
+
+def test_finetune_finds_nothing_under_a_key_or_prefix(tune, tuned):
+    assert_one_clear_line(tune("--finetune", tuned, "--model_prefix", "enc."), tuned, "begins with 'enc.'")
+    assert_one_clear_line(tune("--finetune", tuned, "--model_key", "net"), tuned, "under 'net'", "it has format, model")
+
+
+def test_a_class_of_val_that_train_lacks(tune, other):
+    shutil.copytree(other / "val" / "ant", other / "val" / "dog")
+    assert_one_clear_line(tune("--data_path", other), other / "val", "class folder dog", "3 classes", "ant, bee, cat")
+
+
+def test_train_without_class_folders(tune, other):
+    (other / "train" / "bee" / "01.png").rename(other / "train" / "01.png")
+    assert_one_clear_line(tune("--data_path", other), other / "train", "01.png", "one folder a class")
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_no_train_or_no_val(tune, other, part):
+    shutil.rmtree(other / part)
+    assert_one_clear_line(
+        tune("--data_path", other), other / part, "no such folder", "a folder of images for each class"
+    )
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_empty_train_or_val(tune, other, part):
+    for path in (other / part).glob("*/*.png"):
+        path.unlink()
+    assert_one_clear_line(tune("--data_path", other), other / part, "no image there")
+
+
+@pytest.mark.parametrize("flags", ["--epochs 2", "--eval true"], ids=["train", "eval"])
+def test_resume_with_other_classes(tune, tuned, other, flags):
+    for part in ("train", "val"):
+        (other / part / "bee").rename(other / part / "bug")
+    assert_one_clear_line(tune(*flags.split(), "--resume", tuned, "--data_path", other), "bug", "classes")
+
+
+@pytest.mark.parametrize("flags", ["--epochs 2", "--eval true"], ids=["train", "eval"])
+def test_resume_with_another_number_of_classes(tune, tuned, flags):
+    result = tune(*flags.split(), "--resume", tuned, "--data_set", "DIGITS")
+    assert_one_clear_line(result, "10", "3")
+
+
+def test_eval_of_weights_for_another_number_of_classes(tune, tuned, tmp_path):
+    torch.save(torch.load(tuned, weights_only=True)["model"], tmp_path / "raw.pth")
+    result = tune("--eval", "true", "--resume", tmp_path / "raw.pth", "--data_set", "DIGITS")
+    assert_one_clear_line(result, "raw.pth", "3 classes, the data 10")
+
+
+def test_eval_of_averaged_weights_that_were_not_kept(tune, tuned):
+    result = tune("--eval", "true", "--model_ema_eval", "true", "--resume", tuned)
+    assert_one_clear_line(result, tuned, "no averaged weights", "--model_ema true")
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval", "true"]], ids=["train", "eval"])
+def test_a_pretraining_checkpoint_as_resume_is_told_of_finetune(pretrain, tune, folder, labelled_folder, flags):
+    path = folder / "pretrained" / "checkpoint-0.pth"
+    if not path.exists():
+        small = [*TINY, *"--input_size 64 --decoder_embed_dim 16 --batch_size 11 --epochs 1".split()]
+        assert pretrain(*small, "--data_path", labelled_folder, "--output_dir", path.parent).status == 0
+    assert_one_clear_line(tune(*flags, "--resume", path), path, "another model", "--finetune takes what pre-training")
+
+
+def test_resume_with_another_optimizer(tune, tuned):
+    result = tune("--epochs", 2, "--opt", "sgd", "--resume", tuned)
+    assert_one_clear_line(result, tuned, "--opt adamw", "only go on with the same")
+
+
+def test_resume_with_another_layer_decay(tune, tuned):
+    """It makes other groups of parameters, which the optimizer's state does not fit."""
+    result = tune("--epochs", 2, "--layer_decay", 0.8, "--resume", tuned)
+    assert_one_clear_line(result, tuned, "other optimizer settings")
+
+
+def test_nothing_but_unreadable_images_to_evaluate(tune, other):
+    for path in (other / "val").glob("*/*.png"):
+        path.write_text("not an image")
+    assert_one_clear_line(tune("--data_path", other), other / "val", "none of the first 7 images can be read")
+
+
+def test_what_is_no_mistake(tune, other):
+    """cutmix of 32 pixels, two images a batch, fewer than five classes, of which val lacks one."""
+    shutil.rmtree(other / "val" / "bee")
+    result = tune("--data_path", other, "--cutmix", 1, "--batch_size", 2, "--warmup_epochs", 3)
+    assert result.status == 0 and "top-5 100.00 %" in result.out and "(5 images)" in result.out

@@ -4,10 +4,13 @@ import argparse
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2, list_optimizers
 
 import utils
+from models import convnextv2
+from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from optim_factory import get_parameter_groups
+from optim_factory import LayerDecayValueAssigner, create_optimizer, get_parameter_groups
 
 
 def test_learning_rate_warms_up_linearly_and_falls_along_half_a_cosine():
@@ -34,6 +37,201 @@ def test_weights_decay_and_nothing_else():
     }
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
     assert len(decay["params"]) + len(rest["params"]) == len(names)
+
+
+# Worked out by hand. By model and type of layer decay: the factor, and for the four downsample layers, the blocks of
+# the four stages, and the rest (norm and head) first the layer ids, then the powers of the factor.
+LAYERS = {
+    ("convnextv2_atto", "single", 0.9): (
+        ([1, 3, 5, 11], [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12]], 13),
+        ([12, 10, 8, 2], [[12, 11], [10, 9], [8, 7, 6, 5, 4, 3], [2, 1]], 0),
+    ),
+    ("convnextv2_tiny", "single", 0.9): (
+        ([1, 4, 7, 16], [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18]], 19),
+        ([18, 15, 12, 3], [[18, 17, 16], [15, 14, 13], [12, 11, 10, 9, 8, 7, 6, 5, 4], [3, 2, 1]], 0),
+    ),
+    ("convnextv2_base", "single", 0.8): (
+        (
+            [1, 4, 7, 34],
+            [
+                [1, 2, 3],
+                [4, 5, 6],
+                [7, 8, 9, 10, 11, 12, 13, 14, 15]
+                + [16, 17, 18, 19, 20, 21, 22, 23, 24]
+                + [25, 26, 27, 28, 29, 30, 31, 32, 33],
+                [34, 35, 36],
+            ],
+            37,
+        ),
+        (
+            [36, 33, 30, 3],
+            [
+                [36, 35, 34],
+                [33, 32, 31],
+                [30, 29, 28, 27, 26, 25, 24, 23, 22]
+                + [21, 20, 19, 18, 17, 16, 15, 14, 13]
+                + [12, 11, 10, 9, 8, 7, 6, 5, 4],
+                [3, 2, 1],
+            ],
+            0,
+        ),
+    ),
+    ("convnextv2_base", "group", 0.6): (
+        (
+            [0, 2, 3, 12],
+            [
+                [1, 1, 1],
+                [2, 2, 2],
+                [3, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 8, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 11],
+                [12, 12, 12],
+            ],
+            13,
+        ),
+        (
+            [13, 11, 10, 1],
+            [
+                [12, 12, 12],
+                [11, 11, 11],
+                [10, 10, 10, 9, 9, 9, 8, 8, 8, 7, 7, 7, 6, 6, 6, 5, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 2],
+                [1, 1, 1],
+            ],
+            0,
+        ),
+    ),
+}
+DECAYS_OUTSIDE_BLOCKS = {
+    "downsample_layers.0.0.weight",
+    "downsample_layers.1.1.weight",
+    "downsample_layers.2.1.weight",
+    "downsample_layers.3.1.weight",
+    "head.weight",
+}
+DECAYS_IN_A_BLOCK = {"dwconv.weight", "pwconv1.weight", "pwconv2.weight"}
+BLOCK = DECAYS_IN_A_BLOCK | {
+    *("dwconv.bias", "norm.weight", "norm.bias", "pwconv1.bias", "pwconv2.bias", "grn.gamma", "grn.beta")
+}
+
+
+def look_up(layers, name):
+    """The entry for a parameter's name in one of the two halves of a table above."""
+    downsample, stages, rest = layers
+    part, *path = name.split(".")
+    if part == "downsample_layers":
+        return downsample[int(path[0])]
+    if part == "stages":
+        assert ".".join(path[2:]) in BLOCK
+        return stages[int(path[0])][int(path[1])]
+    assert name in ("norm.weight", "norm.bias", "head.weight", "head.bias")
+    return rest
+
+
+@pytest.mark.parametrize(("name", "kind", "decay"), LAYERS)
+def test_layer_decay_gives_every_parameter_the_rate_and_decay_of_the_table(name, kind, decay):
+    ids, powers = LAYERS[name, kind, decay]
+    with torch.device("meta"):
+        model = getattr(convnextv2, name)()
+    assert [len(stage) for stage in ids[1]] == [len(stage) for stage in powers[1]] == [len(s) for s in model.stages]
+    assigner = LayerDecayValueAssigner.of_decay(decay, model.depths, kind)
+    groups = get_parameter_groups(model, 0.05, (), assigner.get_layer_id, assigner.get_scale)
+    placed = [(id(parameter), group) for group in groups for parameter in group["params"]]
+    group_of = dict(placed)
+    assert len(placed) == len(group_of) == len(list(model.parameters()))
+    for parameter, value in model.named_parameters():
+        group = group_of[id(value)]
+        decays = parameter in DECAYS_OUTSIDE_BLOCKS or (
+            parameter.startswith("stages.") and parameter.split(".", 3)[3] in DECAYS_IN_A_BLOCK
+        )
+        assert assigner.get_layer_id(parameter) == look_up(ids, parameter), parameter
+        assert group["lr_scale"] == pytest.approx(decay ** look_up(powers, parameter), rel=1e-12), parameter
+        assert (group["weight_decay"], group["decays"]) == ((0.05, True) if decays else (0.0, False)), parameter
+
+
+def test_layer_decay_by_groups_is_refused_for_other_depths():
+    with pytest.raises(ValueError, match=r"\(3, 3, 27, 3\), not \(3, 3, 9, 3\): take 'single'"):
+        LayerDecayValueAssigner.of_decay(0.9, (3, 3, 9, 3), "group")
+
+
+def small_classifier():
+    return ConvNeXtV2(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=3)
+
+
+def optimizer_args(opt, **flags):
+    return argparse.Namespace(
+        **{"opt": opt, "lr": 1e-3, "weight_decay": 0.05, "momentum": 0.8, "opt_eps": 1e-7, "opt_betas": None} | flags
+    )
+
+
+def steps(model, optimizer):
+    """Whether two steps of training change the weights, to numbers."""
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(torch.randn(2, 3, 32, 32)).square().sum()
+        loss.backward(create_graph=getattr(optimizer, "is_second_order", False))
+        optimizer.step()
+    after = list(model.parameters())
+    changed = any(not new.equal(old) for new, old in zip(after, before, strict=True))
+    return changed and all(parameter.isfinite().all() for parameter in after)
+
+
+def failure(make_optimizer):
+    """What happens to two steps of an optimizer for a small classifier; nothing if they succeed."""
+    model = small_classifier()
+    try:
+        return None if steps(model, make_optimizer(model)) else "weights are the same or no numbers"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors this small wait 10 to 100 times longer for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:.*opt_einsum", "ignore:.*create_graph")
+def test_every_optimizer_of_timm_that_works_here_takes_steps_with_layer_decay(one_thread):
+    def by_timm(model):
+        return create_optimizer_v2(model, name, 1e-3)  # fails if it needs a GPU or another package
+
+    def by_us(model):
+        assigner = LayerDecayValueAssigner.of_decay(0.9, model.depths, "single")
+        return create_optimizer(optimizer_args(name), model, assigner.get_layer_id, assigner.get_scale)
+
+    torch.manual_seed(0)
+    failures = {}
+    with torch.compiler.set_stance("force_eager"):  # some compile their step, for half a minute
+        for name in [*list_optimizers(), "lookahead_adamw"]:
+            if failure(by_timm) is None:
+                failures[name] = failure(by_us)
+    assert {"adamw", "sgd", "lamb", "lion", "rmsprop", "lookahead_adamw"} <= failures.keys()
+    assert not {name: reason for name, reason in failures.items() if reason}
+
+
+def test_optimizer_flags_reach_the_optimizer():
+    model = small_classifier()
+    adamw = create_optimizer(optimizer_args("adamw", opt_betas=[0.7, 0.9]), model).param_groups
+    assert [(group["lr"], group["eps"], group["betas"]) for group in adamw] == [(1e-3, 1e-7, (0.7, 0.9))] * 2
+    assert [group["weight_decay"] for group in adamw] == [0.05, 0.0]
+    assert [group["betas"] for group in create_optimizer(optimizer_args("adamw"), model).param_groups] == [
+        (0.9, 0.999)
+    ] * 2
+    assert [group["momentum"] for group in create_optimizer(optimizer_args("sgd"), model).param_groups] == [0.8] * 2
+    everything = create_optimizer(optimizer_args("adamw"), model, filter_bias_and_bn=False).param_groups
+    assert [group["weight_decay"] for group in everything] == [0.05, 0.05]
+
+
+def test_parameters_on_the_skip_list_and_frozen_ones_do_not_decay():
+    model = small_classifier()
+    model.stages[0].requires_grad_(False)
+    decay, rest = get_parameter_groups(model, 0.05, skip_list=["head.weight"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    placed = [{names[id(parameter)] for parameter in group["params"]} for group in (decay, rest)]
+    assert "head.weight" in placed[1] and "head.weight" not in placed[0]
+    assert not [name for name in placed[0] | placed[1] if name.startswith("stages.0.")]
 
 
 def test_the_optimizer_is_the_papers(pretrain, image_folder, tmp_path):

@@ -5,8 +5,6 @@ python -m tools.convert OUTPUT/checkpoint-best.pth convnextv2_tiny.pth --to timm
 
 from pathlib import Path
 
-import torch
-
 import utils
 from models.checkpoints import get_weights, network_config, split_decoder, to_timm
 from utils import UserError
@@ -29,20 +27,19 @@ def get_args_parser():
 
 
 def main(args):
-    if Path(args.output).exists() and Path(args.output).samefile(args.input):
+    checkpoint = utils.load_checkpoint(args.input)
+    if Path(args.output).resolve() == Path(args.input).resolve():
         raise UserError(f"OUT {args.output}: is the same file as IN")
-    state = get_weights(utils.load_checkpoint(args.input), args.input, args.model_key)
-    state, decoder = split_decoder(state)
+    state, decoder = split_decoder(get_weights(checkpoint, args.input, args.model_key))
     try:
         config = network_config(state)
     except ValueError as error:
         raise UserError(f"{args.input}: {error}: accepted is a ConvNeXt V2") from None
-    if args.to == "timm":
-        state = to_timm(state)
+    state = to_timm(state) if args.to == "timm" else state
     try:
-        utils.write_whole(args.output, lambda file: torch.save(state if args.to == "timm" else {"model": state}, file))
+        utils.save_whole(args.output, state if args.to == "timm" else {"model": state})
     except OSError as error:
-        raise UserError(f"OUT {args.output}: {error.strerror}") from None
+        raise UserError(f"OUT {error}") from None
     has_head = "head.weight" in state or "head.fc.weight" in state
     head = "a head" if has_head else "no head (timm: num_classes=0)"
     size = f"depths {config['depths']}, dims {config['dims']}"
