@@ -154,8 +154,8 @@ class RunState:
             examples += f" (all in {path})"
         raise utils.TrainingError(
             f"loss is {loss} in epoch {self.epoch}, step {batch // self.args.update_freq + 1} of "
-            f"{self.steps_per_epoch}: stopped. The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 "
-            f"may help. In the batch: {examples}"
+            f"{self.steps_per_epoch}: stopped. The last checkpoint is from before. A lower --blr or --amp_dtype "
+            f"bfloat16 may help. In the batch: {examples}"
         )
 
     def observe_evaluations(self, evaluations):

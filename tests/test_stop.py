@@ -1,0 +1,62 @@
+"""A scheduler's signal costs nothing, and two runs do not write to one folder."""
+
+import os
+import signal
+
+import pytest
+from conftest import SMALL, assert_same_weights, weights
+
+import hooks
+import utils
+
+
+@pytest.fixture
+def small(image_folder):
+    """5 steps an epoch: 22 images in batches of 4."""
+    return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_after_a_signal_the_step_is_saved_and_the_run_goes_on_from_it(name, small, pretrain, tmp_path, monkeypatch):
+    flags = [*small, "--picture_freq", 0]
+    pretrain(*flags, "--output_dir", tmp_path / "whole")
+    note = hooks.Console.on_log
+
+    def on_log(console, state):
+        note(console, state)
+        if (state.epoch, state.step) == (0, 3):
+            os.kill(os.getpid(), getattr(signal, name))
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+
+    monkeypatch.setattr(hooks.Console, "on_log", on_log)
+    folder = tmp_path / "stopped"
+    result = pretrain(*flags, "--output_dir", folder, "--print_freq", 1)
+    assert result.status == utils.STOPPED == 75 and f"stopped by {name}: the same command goes on" in result.out
+    assert [path.name for path in folder.glob("*.pth")] == ["checkpoint-0-3.pth"]
+    monkeypatch.undo()
+    assert pretrain(*flags, "--output_dir", folder).status == 0
+    assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(tmp_path / "whole", "checkpoint-1.pth"))
+
+
+def test_a_signal_to_a_run_that_saves_nothing_says_so(small, pretrain, monkeypatch):
+    monkeypatch.setattr(hooks.Console, "on_log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = pretrain(*small)
+    assert result.status == 128 + signal.SIGTERM and "nothing was saved" in result.out
+
+
+def test_a_second_run_on_a_folder_is_refused(small, pretrain, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "lock_folder", lambda folder, lock=utils.lock_folder: lock(folder, patience=0.1))
+    utils.lock_folder(tmp_path)
+    first = list(utils.LOCKS)
+    result = pretrain(*small, "--output_dir", tmp_path)
+    assert result.status == 2 and f"another run writes there: process {os.getpid()} on" in result.err
+    for file in first:
+        file.close()
+    assert pretrain(*small, "--epochs", 1, "--output_dir", tmp_path).status == 0
+
+
+def test_a_loss_that_is_not_finite_names_the_images(small, pretrain, tmp_path, image_folder):
+    result = pretrain(*small, "--lr", 1e30, "--warmup_epochs", 0, "--output_dir", tmp_path)
+    assert result.status == 1 and "in epoch 0, step" in result.err
+    named = (tmp_path / "nonfinite_batch.txt").read_text().splitlines()
+    assert len(named) == 4 and set(named) <= {str(path) for path in image_folder.glob("*/*.png")}
