@@ -1,4 +1,39 @@
-# Each target makes its own virtual environment. PYTHON: which Python to make it from. Options of pytest: $(VENV)/ready-to-test
+# Each target makes its own virtual environment. PYTHON: which Python to make it from. Options of pytest: make test T="-k name"
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUTPUT ?= output/digits
+
+.PHONY: demo test lint minkowski
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/ready-to-test: $(VENV)/ready
+	$(BIN)/pip install --quiet pytest ruff safetensors
+	touch $@
+
+PRETRAIN = $(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)
+FINETUNE = $(BIN)/python main_finetune.py @recipes/demo_digits_finetune.args
+TRAIN = $(FINETUNE) --finetune $(OUTPUT)/checkpoint-19.pth --output_dir $(OUTPUT)_finetuned
+EVALUATE = $(FINETUNE) --eval true --output_dir $(OUTPUT)_finetuned
+
+demo: $(VENV)/ready
+	$(PRETRAIN)
+	$(TRAIN)
+	$(EVALUATE)
+	@echo
+	@echo "pre-training:    $(PRETRAIN)"
+	@echo "fine-tuning:     $(TRAIN)"
+	@echo "evaluation:      $(EVALUATE)"
+	@echo "pictures:        $(OUTPUT)/reconstruction-0019.png, $(OUTPUT)_finetuned/confusion.png"
+	@echo "logs:            $(OUTPUT)/log.txt, $(OUTPUT)_finetuned/log.txt, or $(BIN)/tensorboard --logdir output"
+	@echo "on your images:  $(BIN)/python main_pretrain.py --data_path YOUR_IMAGES --model convnextv2_atto --output_dir output/mine"
+
+test: $(VENV)/ready-to-test
 	$(BIN)/python -m pytest tests $(T)
 
 lint: $(VENV)/ready-to-test
