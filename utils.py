@@ -14,6 +14,7 @@ An output folder:
 """
 
 import argparse
+import contextlib
 import datetime
 import fcntl
 import math
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +105,6 @@ STOPPED = 75  # exit status of a run that a signal stopped and that can go on: E
 def run_script(main, parser):
     """Parse the command line and call main(args) as `run_main` does."""
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     run_main(main, args, parser.prog)
 
 
@@ -112,6 +113,7 @@ def run_main(main, args, name):
 
     Exit status: 2 after a `UserError`, 75 after `Stopped` if the run is saved, 1 after any other error.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main(args)
         leave_the_others()
@@ -125,13 +127,14 @@ def run_main(main, args, name):
         leave_the_others()
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
-        how = "the same command goes on from here" if stopped.saved else "nothing was saved"
-        log(f"stopped by {signal.Signals(stopped.signum).name}: {how}")
-        rank = get_rank()
+        requeue = stopped.requeue if stopped.saved else None
+        how = "the job is queued again" if requeue else "the same command goes on from here"
+        log(f"stopped by {signal.Signals(stopped.signum).name}: {how if stopped.saved else 'nothing was saved'}")
+        if requeue:
+            requeue(stopped.signum, None)  # ends the main process, and may end the job; on the others does nothing
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()  # with the main process, which never comes: leaving before it does might end the job
         leave_the_others()
-        if stopped.requeue is not None:
-            stopped.requeue(stopped.signum, None)  # on the main process only
-            time.sleep(0 if rank == 0 else 60)  # that ends all of the job; leaving before might end it too soon
         sys.exit(STOPPED if stopped.saved else 128 + stopped.signum)
     except Exception:
         if get_world_size() > 1:
@@ -378,15 +381,43 @@ def init_distributed_mode(args):
     backend = "gloo"
     if args.device.startswith("cuda"):
         backend = "cpu:gloo,cuda:nccl"  # what is on the CPU is exchanged without waiting for the GPU
-        torch.cuda.set_device(args.local_rank)
-        args.device = f"cuda:{args.local_rank}"
-    dist.init_process_group(
-        backend,
-        init_method=args.dist_url,
-        world_size=args.world_size,
-        rank=args.rank,
-        timeout=datetime.timedelta(seconds=args.dist_timeout),
-    )
+        gpus = torch.cuda.device_count()
+        if args.local_rank >= gpus > 1:
+            raise UserError(f"process {args.local_rank} of this machine has no GPU: {gpus} are visible")
+        index = args.local_rank % gpus  # some schedulers show each process its own only
+        torch.cuda.set_device(index)
+        args.device = f"cuda:{index}"
+    # of 1 x 1 convolutions: their strides have two spellings, for the same order of the same numbers
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    timeout = datetime.timedelta(seconds=args.dist_timeout)
+    store, rank, world_size = next(dist.rendezvous(args.dist_url, args.rank, args.world_size, timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = fresh_store(store, rank, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def fresh_store(agent_store, rank, timeout):
+    """A store of this start of the processes, on process 0, whose address they find in the store of torchrun.
+
+    torchrun's own outlives them: after a restart (--max-restarts) they would look for each other where the dead ones
+    were (pytorch issue 135712). An address from before leads nowhere, and is read again.
+    """
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        agent_store.set("port of process 0", str(store.port))
+        return store
+    start = time.monotonic()
+    while True:
+        port = int(agent_store.get("port of process 0"))
+        try:
+            store = dist.TCPStore(host, port, timeout=datetime.timedelta(seconds=1), wait_for_workers=False)
+            store.set_timeout(timeout)
+            return store
+        except dist.DistError:
+            if time.monotonic() > start + timeout.total_seconds():
+                raise
+            time.sleep(0.2)
 
 
 def on_main_process(work):

@@ -1,0 +1,13 @@
+"""Fine-tuning on a Slurm cluster: gives main_finetune.py to the scheduler, through submitit, and returns.
+
+    python submitit_finetune.py --nodes 1 --ngpus 8 --partition PARTITION @recipes/finetune_base.args \\
+        --data_path IMAGENET --finetune CHECKPOINT
+
+All flags of main_finetune.py work; the rest is as in submitit_pretrain.py.
+"""
+
+import main_finetune
+from submitit_pretrain import Trainer, main, parse_args  # noqa: F401  (the same for both)
+
+if __name__ == "__main__":
+    main(main_finetune, __doc__)

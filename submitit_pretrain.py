@@ -1,0 +1,132 @@
+"""FCMAE pre-training on a Slurm cluster: gives main_pretrain.py to the scheduler, through submitit, and returns.
+
+    python submitit_pretrain.py --nodes 4 --ngpus 8 --partition PARTITION @recipes/pretrain_imagenet.args \\
+        --data_path IMAGENET
+
+All flags of main_pretrain.py work. A job that is preempted or that runs out of time is queued again by itself, under
+the same number, and goes on from the very step.
+"""
+
+import copy
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import utils  # isort: skip  (before torch)
+import submitit
+
+import main_pretrain
+from utils import UserError
+
+
+def parse_args(script, description):
+    """The flags of `script`, a training script as a module, and those of the cluster."""
+    parser = utils.FlagParser(description=description.splitlines()[0], parents=[script.get_args_parser()])
+    group = parser.add_argument_group("cluster", "The job's folder is --output_dir too, unless one is given.")
+    group.add_argument("--ngpus", default=8, type=int, help="GPUs of a node, a process each; --device cpu: processes")
+    group.add_argument("--nodes", default=2, type=int, help="machines")
+    group.add_argument("--timeout", default=4320, type=int, help="minutes, then the job is queued again")
+    group.add_argument("--job_dir", default="./jobs/%j", metavar="FOLDER", help="of the job; %%j becomes its number")
+    group.add_argument("--partition", default=None, metavar="NAME", help="of Slurm; None: the cluster's default")
+    group.add_argument("--use_volta32", action="store_true", help="the constraint volta32gb: GPUs of 32 GB")
+    group.add_argument("--comment", default="", help="for the scheduler, which may ask for one")
+    group.add_argument("--constraint", default=None, help="features that the nodes must have")
+    group.add_argument("--account", default=None, help="to charge")
+    group.add_argument("--qos", default=None, help="quality of service")
+    group.add_argument("--mem_gb", default=None, type=float, help="GB of memory a node; None: 40 for each GPU")
+    group.add_argument("--cpus_per_task", default=10, type=int, help="cores for each process and its loader workers")
+    group.add_argument(
+        "--cluster",
+        default="slurm",
+        choices=("slurm", "local", "debug"),
+        help="local: in the background of this machine; debug: one process, in the foreground",
+    )
+    parser.set_defaults(device="cuda")  # the machine that submits may have none
+    return parser.parse_args()
+
+
+def check_args(script, args):
+    """Raise UserError for what cannot work, before the job waits in the queue for it."""
+    utils.check_least(args, 1, "ngpus nodes timeout cpus_per_task")
+    if args.mem_gb is not None and args.mem_gb <= 0:
+        raise UserError(f"--mem_gb {args.mem_gb}: must be above 0")
+    if args.cluster != "slurm" and args.nodes > 1 or args.cluster == "debug" and args.ngpus > 1:
+        what = "--nodes 1 --ngpus 1" if args.cluster == "debug" else "--nodes 1"
+        raise UserError(f"--nodes {args.nodes} --ngpus {args.ngpus}: --cluster {args.cluster} takes {what} only")
+    here = copy.deepcopy(args)
+    if args.cluster == "slurm":
+        here.device = "cpu"  # the GPUs are elsewhere
+    script.check_args(here)
+
+
+class Trainer:
+    """The job, on each of its processes: `script.main(args)`, with its ranks and its folder filled in."""
+
+    def __init__(self, script, args, attempt=0):
+        self.script, self.args, self.attempt = script, args, attempt
+
+    def __call__(self):
+        job = submitit.JobEnvironment()
+        args = copy.deepcopy(self.args)
+        folder = args.job_dir.replace("%j", job.job_id)
+        args.output_dir = args.output_dir.replace("%j", job.job_id) or folder
+        if args.dist_url == "env://":  # a file that no earlier start of this job has used, whoever queued it again
+            args.dist_url = f"file://{folder}/rendezvous-{self.attempt}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        ranks = {"RANK": job.global_rank, "WORLD_SIZE": job.num_tasks, "LOCAL_RANK": job.local_rank}
+        os.environ |= {name: str(rank) for name, rank in ranks.items()}
+        utils.run_main(importlib.import_module(self.script).main, args, self.script)
+
+    def checkpoint(self):
+        """What submitit puts into the queue after a signal: the same again, which goes on from what was saved."""
+        return submitit.helpers.DelayedSubmission(Trainer(self.script, self.args, self.attempt + 1))
+
+
+def cluster_parameters(args):
+    """What submitit is to ask the scheduler for; it leaves out what is None."""
+    on_gpus = args.device.startswith("cuda")
+    constraints = [args.constraint, "volta32gb" if args.use_volta32 else None]
+    return {
+        "nodes": args.nodes,
+        "tasks_per_node": args.ngpus,
+        "gpus_per_node": args.ngpus if on_gpus else None,
+        "cpus_per_task": args.cpus_per_task,
+        "mem_gb": 40 * args.ngpus if args.mem_gb is None and on_gpus else args.mem_gb,
+        "timeout_min": args.timeout,
+        "slurm_signal_delay_s": 120,  # before the end of that time, to save
+        "slurm_partition": args.partition,
+        "slurm_comment": args.comment or None,
+        "slurm_constraint": "&".join(filter(None, constraints)) or None,
+        "slurm_account": args.account,
+        "slurm_qos": args.qos,
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],  # a process that dies takes the others with it
+    }
+
+
+def submit(script, args):
+    """Give the job to the scheduler and say where it writes."""
+    check_args(script, args)
+    args.job_dir = os.path.abspath(args.job_dir)
+    # the job imports these files, from wherever it was submitted
+    paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    endless = {"slurm_max_num_timeout": 1000, "local_max_num_timeout": 1000}
+    try:
+        executor = submitit.AutoExecutor(args.job_dir, cluster=args.cluster, **endless)
+        executor.update_parameters(name=script.__name__.replace("main_", "convnextv2_"), **cluster_parameters(args))
+        job = executor.submit(Trainer(script.__name__, args))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--cluster {args.cluster}: {' '.join(str(error).split())}") from None
+    folder = args.job_dir.replace("%j", job.job_id)
+    print(f"job {job.job_id}: logs, checkpoints and TensorBoard in {args.output_dir or folder}")
+    if args.cluster == "debug":
+        return job.result()
+    print(f"  tail -f {job.paths.stdout}")
+
+
+def main(script=main_pretrain, description=__doc__):
+    utils.run_main(lambda args: submit(script, args), parse_args(script, description), Path(sys.argv[0]).name)
+
+
+if __name__ == "__main__":
+    main()

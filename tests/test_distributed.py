@@ -1,0 +1,211 @@
+"""Several processes train as one, go on exactly, and end together when one of them dies."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, TINY, assert_same_weights, weights
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 10  # an epoch, of 16 images
+FLAGS = f"--epochs 2 --warmup_epochs 1 --save_ckpt_steps {STEPS // 2} --print_freq 1".split()
+MIDDLE, LAST = f"checkpoint-0-{STEPS // 2}.pth", "checkpoint-1.pth"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Class folders in train/ and val/, of 160 and 7 images drawn at random."""
+    folder = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 16 * STEPS), ("val", 7)):
+        for number in range(count):
+            path = folder / part / f"class{number % 5}" / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipes(images):
+    """The flags of each script; SGD, as Adam would enlarge roundings where a gradient is nearly 0."""
+    finetune = [*TINY, *"--opt sgd --lr 0.05 --aa none --head_init_scale 1".split()]
+    return {
+        "main_pretrain": [*SMALL, "--data_path", str(images), "--picture_freq", "0", *FLAGS],
+        "main_finetune": [*finetune, "--data_path", str(images), *FLAGS],
+    }
+
+
+def start(script, *flags, launcher, **environment):
+    """Start a script in another process, with one thread."""
+    command = [sys.executable, *launcher, f"{script}.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, **pipes)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def start_two(script, *flags):
+    """Start a script in two processes, as a launcher does that does not watch them."""
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    return [start(script, *flags, launcher=(), RANK=rank, LOCAL_RANK=rank, **job) for rank in "01"]
+
+
+def process_of_rank(rank, parent):
+    """The child of a launcher with that rank."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(f"{parent} has no child of rank {rank}")
+
+
+def wait_for(process, line):
+    """Read what a process prints until a line begins with `line`."""
+    for text in process.stdout:
+        if text.startswith(line):
+            return
+    raise AssertionError(f"{line!r} was not printed")
+
+
+def end(process, seconds=120):
+    """Exit status and the rest of the output of a process that ends by itself."""
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, out
+
+
+def finish(process):
+    status, out = end(process)
+    assert status == 0, out
+    return out
+
+
+class Runs:
+    """Whole runs of one script: of 2 processes x batch 8, of 1 x 16, and of 1 x 8 with 2 accumulated."""
+
+    def __init__(self, script, flags, folder):
+        self.script, self.flags = script, flags
+        self.two, self.one, self.accumulated = (folder / name for name in ("two", "one", "accumulated"))
+        alone = [
+            start(script, *flags, "--batch_size", 16, "--output_dir", self.one, launcher=()),
+            start(script, *flags, "--batch_size", 8, "--update_freq", 2, "--output_dir", self.accumulated, launcher=()),
+        ]
+        for process in [*alone, self.start_two_by_torchrun(self.two)]:
+            finish(process)
+
+    def start_two_by_torchrun(self, folder, *options):
+        launcher = [*TORCHRUN, *options]
+        return start(self.script, *self.flags, "--batch_size", 8, "--output_dir", folder, launcher=launcher)
+
+
+@pytest.fixture(scope="session", params=["main_pretrain", "main_finetune"])
+def runs(request, recipes, tmp_path_factory):
+    return Runs(request.param, recipes[request.param], tmp_path_factory.mktemp(request.param))
+
+
+pretraining = pytest.mark.parametrize("runs", ["main_pretrain"], indirect=True)
+
+
+def assert_close(run, other):
+    """Losses and weights to float32 rounding, which is little of the way that the weights went."""
+    a, b, start = weights(run, LAST), weights(other, LAST), weights(run, MIDDLE)
+    way = max((a[name] - start[name]).abs().max() for name in a)
+    apart = max((a[name] - b[name]).abs().max() for name in a)
+    assert apart < way / 500, (apart, way)
+    logs = [[json.loads(line) for line in (folder / "log.txt").read_text().splitlines()] for folder in (run, other)]
+    assert len(logs[0]) == 2
+    for one, two in zip(*logs, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+
+
+def assert_same(run, other):
+    assert_same_weights(weights(run, LAST), weights(other, LAST))
+
+
+def copy_middle(run, folder):
+    """A folder in which a run stopped in the middle of its first epoch."""
+    folder.mkdir()
+    shutil.copy(run / MIDDLE, folder)
+    return folder
+
+
+def test_two_processes_and_accumulation_train_as_one(runs):
+    assert_close(runs.one, runs.two)
+    assert_close(runs.one, runs.accumulated)
+
+
+def test_as_many_processes_go_on_bit_for_bit(runs, tmp_path):
+    folder = copy_middle(runs.two, tmp_path / "run")
+    assert f"goes on from {folder / MIDDLE}: epoch 0, step 5" in finish(runs.start_two_by_torchrun(folder))
+    assert_same(runs.two, folder)
+
+
+@pretraining
+def test_another_number_of_processes_goes_on_with_the_same_batches(runs, tmp_path):
+    for source, size in ((runs.two, 16), (runs.accumulated, 16)):
+        folder = copy_middle(source, tmp_path / source.name)
+        finish(start(runs.script, *runs.flags, "--batch_size", size, "--output_dir", folder, launcher=()))
+        assert_close(runs.one, folder)
+
+
+@pretraining
+def test_launch_is_torchrun(runs, tmp_path):
+    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
+    flags = [*runs.flags, "--batch_size", 8, "--output_dir", copy_middle(runs.two, tmp_path / "run")]
+    assert "world_size: 2" in finish(start(runs.script, *flags, launcher=launcher))
+    assert_same(runs.two, tmp_path / "run")
+
+
+@pretraining
+def test_a_signal_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
+    flags = [*runs.flags, "--batch_size", 8, "--output_dir", tmp_path, "--save_ckpt_steps", 0]
+    processes = start_two(runs.script, *flags)
+    wait_for(processes[0], "epoch 0/2  step  3/")
+    processes[1].send_signal(signal.SIGUSR2)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = [end(process) for process in processes]
+    assert [status for status, _ in ends] == [75, 75], ends
+    assert "stopped by SIGUSR2" in ends[0][1]
+    assert len(list(tmp_path.glob("*.pth"))) == 1
+    finish(runs.start_two_by_torchrun(tmp_path))
+    assert_same(runs.two, tmp_path)
+
+
+@pretraining
+def test_after_a_kill_torchrun_restarts_from_the_newest_checkpoint(runs, tmp_path):
+    torchrun = runs.start_two_by_torchrun(tmp_path, "--max-restarts=1")
+    wait_for(torchrun, "epoch 1/2  step  2/")
+    os.kill(process_of_rank(1, torchrun.pid), signal.SIGKILL)
+    assert "goes on from" in finish(torchrun)
+    assert_same(runs.two, tmp_path)
+
+
+@pretraining
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])
+def test_when_one_process_goes_the_other_ends_too(runs, tmp_path, how):
+    flags = [*runs.flags, "--batch_size", 8, "--output_dir", tmp_path, "--dist_timeout", 10]
+    processes = start_two(runs.script, *flags)
+    wait_for(processes[0], "epoch 0/2  step  3/")
+    processes[1].send_signal(how)
+    begin = time.monotonic()
+    status, out = end(processes[0], seconds=60)
+    assert status == 1 and "process 0 of 2, on" in out
+    assert time.monotonic() - begin < 25
+    processes[1].kill()
