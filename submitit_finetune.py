@@ -7,7 +7,13 @@ All flags of main_finetune.py work; the rest is as in submitit_pretrain.py.
 """
 
 import main_finetune
-from submitit_pretrain import Trainer, main, parse_args  # noqa: F401  (the same for both)
+import submitit_pretrain
+from submitit_pretrain import Trainer, parse_args  # noqa: F401  (the same for both)
+
+
+def main():
+    submitit_pretrain.main(main_finetune, __doc__)
+
 
 if __name__ == "__main__":
-    main(main_finetune, __doc__)
+    main()

@@ -55,7 +55,7 @@ def check_args(script, args):
         what = "--nodes 1 --ngpus 1" if args.cluster == "debug" else "--nodes 1"
         raise UserError(f"--nodes {args.nodes} --ngpus {args.ngpus}: --cluster {args.cluster} takes {what} only")
     here = copy.deepcopy(args)
-    if args.cluster == "slurm":
+    if args.cluster == "slurm" and args.device.startswith("cuda"):
         here.device = "cpu"  # the GPUs are elsewhere
     script.check_args(here)
 
@@ -71,11 +71,20 @@ class Trainer:
         args = copy.deepcopy(self.args)
         folder = args.job_dir.replace("%j", job.job_id)
         args.output_dir = args.output_dir.replace("%j", job.job_id) or folder
-        if args.dist_url == "env://":  # a file that no earlier start of this job has used, whoever queued it again
-            args.dist_url = f"file://{folder}/rendezvous-{self.attempt}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        if args.dist_url == "env://":
+            args.dist_url = f"file://{self.meeting_place(Path(folder), job.global_rank)}"
         ranks = {"RANK": job.global_rank, "WORLD_SIZE": job.num_tasks, "LOCAL_RANK": job.local_rank}
         os.environ |= {name: str(rank) for name, rank in ranks.items()}
         utils.run_main(importlib.import_module(self.script).main, args, self.script)
+
+    def meeting_place(self, folder, rank):
+        """A file in which the processes find each other, and that no earlier start of this job has used."""
+        # the first number is of starts that submitit queued again, the second of those that Slurm did
+        file = folder / f"rendezvous-{self.attempt}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        for other in folder.glob("rendezvous-*") if rank == 0 else ():
+            if other != file:
+                other.unlink(missing_ok=True)  # left by processes that were killed
+        return file
 
     def checkpoint(self):
         """What submitit puts into the queue after a signal: the same again, which goes on from what was saved."""

@@ -1,5 +1,6 @@
 """Shared by the tests: small images, and the script run in this process as from a command line."""
 
+import socket
 import sys
 
 import utils  # isort: skip  (before torch)
@@ -74,6 +75,12 @@ def pretrain(capsys, monkeypatch):
 def finetune(capsys, monkeypatch):
     """finetune(*flags): main_finetune.py, see `run_here`."""
     return lambda *flags: run_here(main_finetune, flags, monkeypatch, capsys)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def weights(folder, name):

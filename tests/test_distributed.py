@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, TINY, assert_same_weights, weights
+from conftest import SMALL, TINY, assert_same_weights, free_port, weights
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,12 +51,6 @@ def start(script, *flags, launcher, **environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, **pipes)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def start_two(script, *flags):
