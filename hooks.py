@@ -220,7 +220,9 @@ def resume(state, run_flags):
     except KeyError as error:
         raise utils.UserError(f"{path}: a checkpoint without {error}: cannot be gone on from") from None
     except ValueError as error:  # of the optimizer: other groups, as another layer decay makes
-        raise utils.UserError(f"{path}: saved with other optimizer settings, cannot be gone on from: {error}") from None
+        names = [name for name in ("layer_decay", "layer_decay_type") if then.get(name) != now.get(name)]
+        flags = " ".join(f"--{name} {then.get(name)}" for name in names)
+        raise utils.UserError(f"{path}: saved with {flags or 'another optimizer'}; take the same: {error}") from None
     for name in run_flags:
         if then.get(name) != now[name]:
             utils.log(f"changed since {path}: {name} {then.get(name)} -> {now[name]}")

@@ -204,6 +204,8 @@ def check_optimizer(args):
     count = info.num_betas if info.has_betas else 0
     if args.opt_betas and (len(args.opt_betas) != count or not all(0 <= beta < 1 for beta in args.opt_betas)):
         raise UserError(f"--opt_betas {args.opt_betas}: --opt {args.opt} takes {count or 'none'}, from 0 to below 1")
+    if info.second_order and args.use_amp and args.amp_dtype == "float16":
+        raise UserError(f"--opt {args.opt}: needs second derivatives, whose range is not float16's; take bfloat16")
 
 
 def mixes(args):
@@ -237,6 +239,8 @@ def build_model(args, num_classes):
 
 
 def build_optimizer(args, model):
+    if args.distributed and get_optimizer_info(args.opt.lower().removeprefix("lookahead_")).second_order:
+        raise UserError(f"--opt {args.opt}: second derivatives of one process only, not of {args.world_size}")
     get_num_layer = get_layer_scale = None
     if args.layer_decay != 1:
         try:

@@ -14,6 +14,12 @@ import main_pretrain
 
 torch.set_num_threads(2)
 
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", default=3, type=int, help="SIGKILLs in tests/test_kill.py (its long form: 30)")
+    parser.addoption("--terms", default=1, type=int, help="SIGTERMs there (10)")
+
+
 # A model and images small enough that a step takes a tenth of a second
 SMALL = "--model convnextv2_atto --decoder_embed_dim 16 --input_size 32 --stem_stride 1".split()
 SMALL += "--device cpu --num_workers 0".split()
@@ -46,6 +52,31 @@ def labelled_folder(tmp_path_factory):
             coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(path)
     return folder
+
+
+@pytest.fixture
+def seed_and_one_thread():
+    """The same draws in every test; one thread, as tensors this small wait 10 to 100 times longer for a second one."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randomise(model):
+    """The model with every parameter random, GRN, biases and norms too, such that activations stay near 1."""
+    for name, p in model.named_parameters():
+        vector = p.numel() == max(p.shape)  # norms, biases, GRN, mask token; the others are scaled by their fan-in
+        mean = 1.0 if p.ndim == 1 and name.endswith("weight") else 0.0
+        torch.nn.init.normal_(p, mean, 0.3 if vector else p[0].numel() ** -0.5)
+    return model
+
+
+def gap(x, reference):
+    """Largest difference, relative to the reference's largest value."""
+    assert x.shape == reference.shape
+    return ((x - reference).abs().max() / reference.abs().max()).item()
 
 
 class Result:

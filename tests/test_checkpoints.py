@@ -10,9 +10,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_weights
+from conftest import assert_same_weights, gap, randomise
 from safetensors.torch import load_file
-from test_models import gap, randomise
 from timm.models._manipulate import adapt_input_conv
 
 import utils
@@ -21,19 +20,11 @@ from models.convnextv2 import SIZES, ConvNeXtV2
 from models.fcmae import FCMAE
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
+
 # Those of the original's file beside this one
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 TOP = ("norm.weight", "norm.bias", "head.weight", "head.bias")
-
-
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():
-    """The same draws in every test; one thread, as tensors this small wait 10 to 100 times longer for a second one."""
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def classifier(**kwargs):

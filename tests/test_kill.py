@@ -1,53 +1,90 @@
-"""A run killed with SIGKILL at random steps and started again ends with the same weights, bit for bit."""
+"""A run that is killed again and again ends with the weights of one that was not, bit for bit.
 
+The long form: pytest tests/test_kill.py --kills 30 --terms 10
+"""
+
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import SMALL, assert_same_weights, weights
 
+import utils
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(image_folder, output_dir, *flags):
-    run = [sys.executable, "main_pretrain.py", *SMALL, "--data_path", image_folder, "--output_dir", output_dir]
-    run += "--epochs 2 --warmup_epochs 1 --batch_size 2 --update_freq 2 --print_freq 1 --save_ckpt_steps 1".split()
-    return [*map(str, run), *flags, "--picture_freq", "0"]
+@pytest.fixture
+def kills(request):
+    return request.config.getoption("--kills")
 
 
-def run_and_kill(command, after, delay):
-    """Start a run and kill it `delay` seconds after its `after`-th log line. Returns its exit status."""
+@pytest.fixture
+def terms(request):
+    return request.config.getoption("--terms")
+
+
+def command(images, folder, epochs):
+    """A run of 5 steps an epoch that takes half a second for a step and its checkpoint."""
+    flags = [*SMALL, "--data_path", images, "--output_dir", folder, "--epochs", epochs, "--num_workers", 2]
+    flags += "--batch_size 2 --update_freq 2 --use_amp true --warmup_epochs 1 --picture_freq 0".split()
+    return [*map(str, [sys.executable, "main_pretrain.py", *flags, "--print_freq", 1, "--save_ckpt_steps", 1])]
+
+
+def half_written(folder):
+    return list(folder.glob(".checkpoint-*.tmp"))
+
+
+def wait_for_moment(process, moment, folder, rng):
+    """Let a run go on until its start-up, a step or a save is under way."""
+    if moment == "start":
+        return time.sleep(rng.uniform(0, 6))
+    lines = (line for line in process.stdout if line.startswith("epoch "))
+    list(itertools.islice(lines, rng.randint(1, 3)))
+    if moment == "step":
+        return time.sleep(rng.uniform(0, 0.5))
+    while not half_written(folder) and process.poll() is None:
+        time.sleep(0.001)
+
+
+def interrupt(command, signum, moment, folder, rng):
+    """Start a run and send it a signal at that moment. Returns its exit status."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    lines = 0
-    for line in process.stdout:
-        lines += line.startswith("epoch ")
-        if lines >= after:
-            try:
-                process.wait(delay)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # its loader workers too
-            break
+    wait_for_moment(process, moment, folder, rng)
+    if signum == signal.SIGKILL:
+        os.killpg(process.pid, signum)  # its loader workers too
+    else:
+        process.send_signal(signum)
+    process.stdout.read()
     return process.wait()
 
 
-@pytest.mark.parametrize("amp", ["false", "true"], ids=["float32", "bfloat16"])
-def test_killed_at_random_it_ends_with_the_same_weights(image_folder, tmp_path, amp):
-    reference = tmp_path / "uninterrupted"
-    flags = ["--use_amp", amp]
-    subprocess.run(command(image_folder, reference, *flags), cwd=ROOT, check=True, capture_output=True)
-    rng = random.Random(amp)
-    for workers in ("0", "2"):
-        folder = tmp_path / f"killed-{workers}"
-        run = command(image_folder, folder, *flags, "--num_workers", workers)
-        for _ in range(2):
-            # a step with its save takes about half a second: the kill falls anywhere in it
-            assert run_and_kill(run, after=rng.randint(2, 4), delay=rng.random() * 0.5) == -signal.SIGKILL
-        last = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True)
-        assert "goes on from" in last.stdout
-        assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(reference, "checkpoint-1.pth"))
-        assert not list(folder.glob(".*"))  # nor is a half-written file left
-        assert (folder / "log.txt").read_text() == (reference / "log.txt").read_text()
+def test_interrupted_at_random_moments_it_ends_with_the_same_weights(image_folder, tmp_path, kills, terms):
+    rng = random.Random(0)
+    moments = zip([signal.SIGKILL] * kills, itertools.cycle(["save", "step", "start"]), strict=False)
+    plan = [*moments, *((signal.SIGTERM, "step") for _ in range(terms))]
+    rng.shuffle(plan)
+    epochs = max(2, len(plan))
+    reference, folder = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    folder.mkdir()
+    subprocess.run(command(image_folder, reference, epochs), cwd=ROOT, check=True, capture_output=True)
+    run, within_a_save = command(image_folder, folder, epochs), 0
+    for signum, moment in plan:
+        status = interrupt(run, signum, moment, folder, rng)
+        assert status == (utils.STOPPED if signum == signal.SIGTERM else -signal.SIGKILL)
+        within_a_save += bool(half_written(folder))
+        for path in folder.glob("checkpoint-*"):
+            utils.load_checkpoint(path)
+    assert within_a_save >= kills // 3
+    last = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "goes on from" in last.stdout
+    final = f"checkpoint-{epochs - 1}.pth"
+    assert_same_weights(weights(folder, final), weights(reference, final))
+    assert not list(folder.glob(".*"))  # nor is a half-written file left
+    assert (folder / "log.txt").read_text() == (reference / "log.txt").read_text()

@@ -15,8 +15,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import gap, randomise
 from safetensors import safe_open
-from torch import nn
 
 from models import convnextv2, fcmae
 from models.checkpoints import remap_checkpoint_keys
@@ -26,26 +26,8 @@ from models.fcmae import FCMAE
 from models.utils import GRN, depthwise_conv
 from tools.dense_masked import DenseMasked
 
+pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 TINY = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
-
-
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():
-    """The same draws in every test; one thread, as tensors this small wait 10 to 100 times longer for a second one."""
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def randomise(model):
-    """The model with every parameter random, GRN, biases and norms too, such that activations stay near 1."""
-    for name, p in model.named_parameters():
-        vector = p.numel() == max(p.shape)  # norms, biases, GRN, mask token; the others are scaled by their fan-in
-        mean = 1.0 if p.ndim == 1 and name.endswith("weight") else 0.0
-        nn.init.normal_(p, mean, 0.3 if vector else p[0].numel() ** -0.5)
-    return model
 
 
 def make_fcmae(grid=(4, 4), patch_size=32, **kwargs):
@@ -69,12 +51,6 @@ def run(model, imgs, noise):
     grads = torch.autograd.grad(loss, list(model.parameters()))
     named = {name: grad for (name, _), grad in zip(model.named_parameters(), grads, strict=True)}
     return {"latent": latent, "loss": loss, "pred": pred} | named
-
-
-def gap(x, reference):
-    """Largest difference, relative to the reference's largest value."""
-    assert x.shape == reference.shape
-    return ((x - reference).abs().max() / reference.abs().max()).item()
 
 
 def assert_close(results, reference, tolerance):
@@ -280,33 +256,6 @@ def test_size_has_the_parameters_of_the_paper_of_timm_and_of_its_encoder(size, m
 
 def test_there_are_eight_sizes():
     assert len(SIZES) == 8
-
-
-def timm_name(name):
-    """timm's name for a parameter of `ConvNeXtV2`."""
-    for pattern, replacement in [
-        (r"^downsample_layers\.0\.", "stem."),
-        (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        (r"\.dwconv\.", ".conv_dw."),
-        (r"\.pwconv(\d)\.", r".mlp.fc\1."),
-        (r"\.grn\.gamma$", ".mlp.grn.weight"),
-        (r"\.grn\.beta$", ".mlp.grn.bias"),
-        (r"^head\.", "head.fc."),
-        (r"^norm\.", "head.norm."),
-    ]:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def test_dense_logits_are_those_of_timm():
-    model, reference = randomise(convnextv2.convnextv2_atto()), timm.create_model("convnextv2_atto")
-    shapes = {name: value.shape for name, value in reference.state_dict().items()}
-    state = {timm_name(name): value for name, value in model.state_dict().items()}
-    reference.load_state_dict({name: value.view(shapes[name]) for name, value in state.items()}, strict=True)
-    imgs = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert gap(model.eval()(imgs), reference.eval()(imgs)) <= 1e-5
 
 
 # ---- Masks

@@ -183,17 +183,8 @@ def failure(make_optimizer):
         return f"{type(error).__name__}: {error}"
 
 
-@pytest.fixture
-def one_thread():
-    """Tensors this small wait 10 to 100 times longer for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.filterwarnings("ignore:.*opt_einsum", "ignore:.*create_graph")
-def test_every_optimizer_of_timm_that_works_here_takes_steps_with_layer_decay(one_thread):
+def test_every_optimizer_of_timm_that_works_here_takes_steps_with_layer_decay(seed_and_one_thread):
     def by_timm(model):
         return create_optimizer_v2(model, name, 1e-3)  # fails if it needs a GPU or another package
 
