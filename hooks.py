@@ -365,7 +365,7 @@ class Console(Hook):
 
     def on_end(self, state):
         print(
-            f"trained {state.epochs_done - self.start:g} epochs in {hours(time.perf_counter() - self.started)}",
+            f"trained {state.epochs_done - self.start:.4g} epochs in {hours(time.perf_counter() - self.started)}",
             flush=True,
         )
 

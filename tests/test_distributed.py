@@ -126,6 +126,8 @@ def assert_close(run, other):
     assert len(logs[0]) == 2
     for one, two in zip(*logs, strict=True):
         assert one == pytest.approx(two, rel=1e-5)
+    if (run / "confusion.csv").exists():
+        assert (run / "confusion.csv").read_bytes() == (other / "confusion.csv").read_bytes()
 
 
 def assert_same(run, other):
