@@ -354,14 +354,14 @@ class PretrainDataset(torch.utils.data.Dataset):
 
     collate = staticmethod(Batch.collate)
 
-    def __init__(self, images, input_size, num_patches, seed):
+    def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5):
         self.images = images
         self.num_patches = num_patches
         self.seed = seed
         self.transform = v2.Compose(
             [
-                v2.RandomResizedCrop(input_size, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip(),
+                v2.RandomResizedCrop(input_size, scale=scale, interpolation=InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(hflip),
                 v2.PILToTensor(),
             ]
         )

@@ -83,6 +83,10 @@ def get_args_parser():
     group.add_argument(
         "--data_path", default=None, metavar="FOLDER", help="folder of images, nested or flat; its train/ if it has one"
     )
+    group.add_argument(
+        "--scale", default=(0.2, 1.0), type=float, nargs=2, help="least and largest part of an image that a crop shows"
+    )
+    group.add_argument("--hflip", default=0.5, type=float, help="part of the images that is mirrored")
 
     group = parser.add_argument_group("pictures")
     group.add_argument(
@@ -108,6 +112,10 @@ def check_args(args):
     utils.check_shared_args(args)
     utils.check_least(args, 1, "decoder_embed_dim")
     utils.check_least(args, 0, "decoder_depth picture_freq")
+    if not 0 < args.scale[0] <= args.scale[1] <= 1:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: must be above 0, at most 1, the smaller first")
+    if not 0 <= args.hflip <= 1:
+        raise UserError(f"--hflip {args.hflip}: must be from 0 to 1")
     if args.data_set == "image_folder" and not args.data_path:
         raise UserError("--data_path: give a folder of images, or --data_set DIGITS")
     if args.data_set == "DIGITS" and args.in_chans not in datasets.COLOUR_MODES:
@@ -133,7 +141,7 @@ def build_model(args):
 # What decides a run's numbers: a resumed run says if it changed.
 RUN_FLAGS = (
     "epochs warmup_epochs seed mask_ratio norm_pix_loss lr min_lr weight_decay weight_decay_end clip_grad "
-    "data_set data_path input_size use_amp amp_dtype effective_batch_size num_images"
+    "data_set data_path scale hflip input_size use_amp amp_dtype effective_batch_size num_images"
 ).split()
 
 
@@ -156,7 +164,9 @@ def main(args):
 
     # data
     images = datasets.build_pretrain_images(args)
-    dataset = datasets.PretrainDataset(images, args.input_size, args.num_patches, args.seed)
+    dataset = datasets.PretrainDataset(
+        images, args.input_size, args.num_patches, args.seed, scale=args.scale, hflip=args.hflip
+    )
     loader, sampler = datasets.build_train_loader(dataset, args)
 
     # model and optimizer

@@ -270,6 +270,8 @@ def test_the_same_flags_give_the_same_weights_whatever_is_observed(finished, sma
     [
         "--seed 1",
         "--mask_ratio 0.3",
+        "--scale 0.8 1",
+        "--hflip 1",
         "--no-norm_pix_loss",
         "--weight_decay 0.5",
         "--blr 1e-3",
