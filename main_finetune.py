@@ -27,31 +27,10 @@ from utils import UserError, log, str2bool
 def get_args_parser():
     parser = utils.FlagParser(add_help=False)
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", default=64, type=int, help="images per process and forward pass")
-    group.add_argument("--epochs", default=100, type=int, help="passes over the images")
-    group.add_argument("--warmup_epochs", default=20, type=int, help="epochs over which the rate rises linearly from 0")
-    group.add_argument("--warmup_steps", default=-1, type=int, help="the same in optimizer steps; above 0 it counts")
-    group.add_argument(
-        "--update_freq", default=1, type=int, help="forward passes per optimizer step, to accumulate their gradients"
-    )
-    group.add_argument("--seed", default=0, type=int, help="decides weights, order and augmentation")
-    group.add_argument("--start_epoch", default=0, type=int, help="first epoch, counted from 0, of a new run")
+    utils.add_shared_args(parser, convnextv2.SIZES, epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6)
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", default="convnextv2_base", metavar="NAME", help=f"one of {', '.join(convnextv2.SIZES)}"
-    )
-    group.add_argument(
-        "--input_size",
-        default=224,
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="side of the images, or height and width",
-    )
-    group.add_argument("--in_chans", default=3, type=int, help="channels of the images: 1 reads grey, 3 RGB, 4 RGBA")
-    group.add_argument("--stem_stride", default=4, type=int, choices=(1, 2, 4), help="pixels of a site")
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--warmup_steps", default=-1, type=int, help="warm-up in optimizer steps; above 0 it counts")
     group.add_argument(
         "--drop_path", default=0.0, type=float, help="drop path rate of the last block, from 0 at the first"
     )
@@ -72,11 +51,6 @@ def get_args_parser():
     group.add_argument("--opt_betas", default=None, type=float, nargs="+", help="its betas; None: its defaults")
     group.add_argument("--momentum", default=0.9, type=float, help="its momentum, if it has one")
     group.add_argument(
-        "--lr", default=None, type=float, help="peak learning rate; None: blr x effective batch size / 256"
-    )
-    group.add_argument("--blr", default=5e-4, type=float, help="base learning rate, per 256 images")
-    group.add_argument("--min_lr", default=1e-6, type=float, help="learning rate at the end")
-    group.add_argument(
         "--layer_decay", default=1.0, type=float, help="factor on the learning rate, per layer from the top"
     )
     group.add_argument(
@@ -85,11 +59,6 @@ def get_args_parser():
         choices=("single", "group"),
         help="a layer is a block, or three (base, large, huge)",
     )
-    group.add_argument("--weight_decay", default=0.05, type=float, help="none on norms, biases and GRN")
-    group.add_argument(
-        "--weight_decay_end", default=None, type=float, help="at the end, along a cosine; None: constant"
-    )
-    group.add_argument("--clip_grad", default=None, type=float, help="largest norm of the gradients; None: any")
 
     group = parser.add_argument_group("augmentation")
     group.add_argument("--smoothing", default=0.1, type=float, help="label smoothing, 0 to 1")
@@ -144,15 +113,11 @@ def get_args_parser():
     group.add_argument(
         "--dist_eval", default=True, type=str2bool, help="divide the images; false: each process takes all"
     )
-
-    utils.add_shared_args(parser)
     return parser
 
 
 def check_args(args):
     """Complete the flags, or raise UserError for those that cannot work, before anything is loaded."""
-    if args.model not in convnextv2.SIZES:
-        raise UserError(f"--model {args.model}: must be one of {', '.join(convnextv2.SIZES)}")
     args.input_size = utils.image_size(args, least=8 * args.stem_stride)
     utils.check_shared_args(args)
     utils.check_least(args, 0, "images_per_class head_init_scale mixup cutmix opt_eps momentum")

@@ -24,30 +24,9 @@ from utils import UserError, log
 def get_args_parser():
     parser = utils.FlagParser(add_help=False)
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", default=64, type=int, help="images per process and forward pass")
-    group.add_argument("--epochs", default=800, type=int, help="passes over the images")
-    group.add_argument("--warmup_epochs", default=40, type=int, help="epochs over which the rate rises linearly from 0")
-    group.add_argument(
-        "--update_freq", default=1, type=int, help="forward passes per optimizer step, to accumulate their gradients"
-    )
-    group.add_argument("--seed", default=0, type=int, help="decides weights, order, augmentation and masks")
-    group.add_argument("--start_epoch", default=0, type=int, help="first epoch, counted from 0, of a new run")
+    utils.add_shared_args(parser, SIZES, epochs=800, warmup_epochs=40, blr=1.5e-4, min_lr=0.0)
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="convnextv2_base", metavar="NAME", help=f"one of {', '.join(SIZES)}")
-    group.add_argument(
-        "--input_size",
-        default=224,
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="side of the images, or height and width",
-    )
-    group.add_argument("--in_chans", default=3, type=int, help="channels of the images: 1 reads grey, 3 RGB, 4 RGBA")
-    group.add_argument(
-        "--stem_stride", default=4, type=int, choices=(1, 2, 4), help="pixels of a site; the mask unit is 8 times that"
-    )
+    group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask_ratio", default=0.6, type=float, help="part of the patches that is removed")
     group.add_argument(
         "--norm_pix_loss",
@@ -63,18 +42,6 @@ def get_args_parser():
         choices=("packed", "minkowski"),
         help="sparse convolutions in plain PyTorch, or by MinkowskiEngine",
     )
-
-    group = parser.add_argument_group("optimizer")
-    group.add_argument(
-        "--lr", default=None, type=float, help="peak learning rate; None: blr x effective batch size / 256"
-    )
-    group.add_argument("--blr", default=1.5e-4, type=float, help="base learning rate, per 256 images")
-    group.add_argument("--min_lr", default=0.0, type=float, help="learning rate at the end")
-    group.add_argument("--weight_decay", default=0.05, type=float, help="none on norms, biases, GRN, mask token")
-    group.add_argument(
-        "--weight_decay_end", default=None, type=float, help="at the end, along a cosine; None: constant"
-    )
-    group.add_argument("--clip_grad", default=None, type=float, help="largest norm of the gradients; None: any")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -92,8 +59,6 @@ def get_args_parser():
     group.add_argument(
         "--picture_freq", default=10, type=int, help="epochs between pictures of reconstructions; 0: none"
     )
-
-    utils.add_shared_args(parser)
     return parser
 
 
@@ -102,8 +67,6 @@ def check_args(args):
     unit = 8 * args.stem_stride
     args.input_size = utils.image_size(args, least=unit, multiple_of=unit)
     args.num_patches = (args.input_size[0] // unit) * (args.input_size[1] // unit)
-    if args.model not in SIZES:
-        raise UserError(f"--model {args.model}: must be one of {', '.join(SIZES)}")
     if not 0 < args.mask_ratio < 1 or not 0 < int(args.num_patches * (1 - args.mask_ratio)) < args.num_patches:
         raise UserError(
             f"--mask_ratio {args.mask_ratio}: must be between 0 and 1, and leave and remove at least one "

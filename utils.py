@@ -78,6 +78,10 @@ class FlagParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line):
         return shlex.split(arg_line, comments=True)
 
+    def error(self, message):
+        """End with one line, instead of the usage of a hundred flags before it."""
+        self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n")
+
 
 def str2bool(text):
     """Argument type of the flags that take true or false."""
@@ -159,8 +163,47 @@ def log(*words):
 # ---------------------------------------------------------------- flags that pre-training and fine-tuning share
 
 
-def add_shared_args(parser):
-    """The flags of the loader, of speed, of checkpoints and logs and of distributed runs."""
+def add_shared_args(parser, models, epochs, warmup_epochs, blr, min_lr):
+    """The flags of both scripts, with the names of the models and the defaults in which they differ."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", default=64, type=int, help="images per process and forward pass")
+    group.add_argument("--epochs", default=epochs, type=int, help="passes over the images")
+    group.add_argument(
+        "--warmup_epochs", default=warmup_epochs, type=int, help="epochs over which the rate rises linearly from 0"
+    )
+    group.add_argument(
+        "--update_freq", default=1, type=int, help="forward passes per optimizer step, to accumulate their gradients"
+    )
+    group.add_argument(
+        "--lr", default=None, type=float, help="peak learning rate; None: blr x effective batch size / 256"
+    )
+    group.add_argument("--blr", default=blr, type=float, help="base learning rate, per 256 images")
+    group.add_argument("--min_lr", default=min_lr, type=float, help="learning rate at the end")
+    group.add_argument("--weight_decay", default=0.05, type=float, help="none on norms, biases, GRN, mask token")
+    group.add_argument(
+        "--weight_decay_end", default=None, type=float, help="at the end, along a cosine; None: constant"
+    )
+    group.add_argument("--clip_grad", default=None, type=float, help="largest norm of the gradients; None: any")
+    group.add_argument("--seed", default=0, type=int, help="decides weights and all that is drawn at random")
+    group.add_argument("--start_epoch", default=0, type=int, help="first epoch, counted from 0, of a new run")
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default="convnextv2_base", choices=list(models), metavar="NAME", help=f"one of {', '.join(models)}"
+    )
+    group.add_argument(
+        "--input_size",
+        default=224,
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side of the images, or height and width",
+    )
+    group.add_argument("--in_chans", default=3, type=int, help="channels of the images: 1 reads grey, 3 RGB, 4 RGBA")
+    group.add_argument(
+        "--stem_stride", default=4, type=int, choices=(1, 2, 4), help="pixels of a site; a mask unit is 8 times that"
+    )
+
     group = parser.add_argument_group("loader")
     group.add_argument("--num_workers", default=10, type=int, help="loader processes, at most one a core; 0: none")
     group.add_argument("--pin_mem", default=True, type=str2bool, help="page-locked batches, faster to copy to a GPU")

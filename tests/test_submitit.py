@@ -107,7 +107,7 @@ def test_without_gpus_none_are_asked_for(scheduler, submit, tmp_path):
         ("--cluster local", "--nodes 2 --ngpus 8: --cluster local takes --nodes 1 only"),
         ("--cluster debug --nodes 1", "--cluster debug takes --nodes 1 --ngpus 1 only"),
         ("--partition nowhere", "--cluster slurm: sbatch: error: invalid partition specified: nowhere"),
-        ("--model convnextv2_tini", "--model convnextv2_tini: must be one of"),
+        ("--model convnextv2_tini", "invalid choice: 'convnextv2_tini'"),
         ("--device tpu", "--device tpu: must be cpu, cuda or cuda:N"),
     ],
 )
