@@ -9,6 +9,7 @@ A hook reads the `RunState` and never changes the training. To add one, write a 
 """
 
 import csv
+import functools
 import io
 import json
 import math
@@ -197,6 +198,19 @@ class RunState:
 
 
 def resume(state, run_flags):
+    """Stand where the run stopped, on all processes at the same step: see `go_on`."""
+    utils.on_all_processes(lambda: go_on(state, run_flags))
+    if dist.is_initialized():
+        positions = [None] * dist.get_world_size()
+        dist.all_gather_object(positions, (state.epoch, state.step))
+        if len(set(positions)) > 1:
+            raise utils.UserError(
+                f"--output_dir {state.args.output_dir}: the processes find other checkpoints there, "
+                f"of (epoch, step) {sorted(set(positions))}: it must be one folder for all machines"
+            )
+
+
+def go_on(state, run_flags):
     """Go on from the newest whole checkpoint in the output folder, else start from --resume, else from nothing.
 
     run_flags: names of what decides a run's numbers; what has changed is told, and refused where it cannot be.
@@ -614,25 +628,37 @@ class Checkpointer(Hook):
                 f"weights are not finite after step {state.step} of epoch {state.epoch}: stopped. "
                 "The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 may help"
             )
-        try:
-            utils.save_model(
-                state.args,
-                state.epoch,
-                None,
-                state.model,
-                state.optimizer,
-                state.scaler,
-                state.model_ema,
-                **which,
-                **state.progress(),
-            )
-            self.saved = now
-        except OSError as error:
-            if last or not which and state.epoch + 1 == state.args.epochs:
-                raise utils.TrainingError(f"the last checkpoint could not be saved: {error}") from None
-            utils.log(
-                f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, training goes on."
-            )
+        write = functools.partial(
+            utils.save_model,
+            state.args,
+            state.epoch,
+            None,
+            state.model,
+            state.optimizer,
+            state.scaler,
+            state.model_ema,
+            **which,
+            **state.progress(),
+        )
+        if last or not which and state.epoch + 1 == state.args.epochs:
+            utils.on_main_process(lambda: must(write))
+        else:
+            try:
+                write()
+            except OSError as error:
+                return utils.log(
+                    f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, "
+                    "training goes on."
+                )
+        self.saved = now
+
+
+def must(write):
+    """Write the last checkpoint of a run, or raise TrainingError."""
+    try:
+        write()
+    except OSError as error:
+        raise utils.TrainingError(f"the last checkpoint could not be saved: {error}") from None
 
 
 def saving_hooks(args):
@@ -683,10 +709,8 @@ class StopOnSignal(Hook):
             return
         if self.checkpointer is not None:
             self.checkpointer.save(state, last=True, **which)
-        if dist.is_initialized():
-            dist.all_reduce(torch.zeros(1))  # launchers end the other processes as soon as one has left
         requeue = self.before[received] if received != signal.SIGTERM else None
-        self.on_end(state)
+        # from here on signals are still noted, and change nothing
         raise utils.Stopped(received, self.checkpointer is not None, requeue if callable(requeue) else None)
 
     def agree(self):

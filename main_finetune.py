@@ -161,11 +161,14 @@ def check_args(args):
         raise UserError("--model_ema_eval true: there are no averaged weights without --model_ema true")
 
 
+def optimizer_name(args):
+    return args.opt.lower().removeprefix("lookahead_")
+
+
 def check_optimizer(args):
-    name = args.opt.lower().removeprefix("lookahead_")
-    if name not in list_optimizers():
+    if optimizer_name(args) not in list_optimizers():
         raise UserError(f"--opt {args.opt}: must be one of {', '.join(list_optimizers())}")
-    info = get_optimizer_info(name)
+    info = get_optimizer_info(optimizer_name(args))
     count = info.num_betas if info.has_betas else 0
     if args.opt_betas and (len(args.opt_betas) != count or not all(0 <= beta < 1 for beta in args.opt_betas)):
         raise UserError(f"--opt_betas {args.opt_betas}: --opt {args.opt} takes {count or 'none'}, from 0 to below 1")
@@ -181,10 +184,10 @@ def build_data(args, class_names=None):
     """Training set (None with --eval), evaluation set (None with --disable_eval) and the names of their classes."""
     train = evaluation = None
     if not args.eval:
-        train, _ = datasets.build_dataset(True, args)
+        train, _ = utils.on_all_processes(lambda: datasets.build_dataset(True, args))
         class_names = train.images.class_names
     if not args.disable_eval:
-        evaluation, _ = datasets.build_dataset(False, args, class_names)
+        evaluation, _ = utils.on_all_processes(lambda: datasets.build_dataset(False, args, class_names))
         class_names = class_names or evaluation.images.class_names
     if args.nb_classes not in (None, len(class_names)):
         raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(class_names)} classes")
@@ -204,7 +207,7 @@ def build_model(args, num_classes):
 
 
 def build_optimizer(args, model):
-    if args.distributed and get_optimizer_info(args.opt.lower().removeprefix("lookahead_")).second_order:
+    if args.distributed and get_optimizer_info(optimizer_name(args)).second_order:
         raise UserError(f"--opt {args.opt}: second derivatives of one process only, not of {args.world_size}")
     get_num_layer = get_layer_scale = None
     if args.layer_decay != 1:
@@ -321,7 +324,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model = model_without_ddp = build_model(args, len(class_names)).to(args.device)
     if args.finetune:
-        start_from(args, model)
+        utils.on_all_processes(lambda: start_from(args, model))
     model_ema = None
     if args.model_ema:
         model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)

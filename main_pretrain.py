@@ -126,7 +126,7 @@ def main(args):
     utils.prepare_output(args)
 
     # data
-    images = datasets.build_pretrain_images(args)
+    images = utils.on_all_processes(lambda: datasets.build_pretrain_images(args))
     dataset = datasets.PretrainDataset(
         images, args.input_size, args.num_patches, args.seed, scale=args.scale, hflip=args.hflip
     )

@@ -10,6 +10,7 @@ the same number, and goes on from the very step.
 import copy
 import importlib
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -68,27 +69,38 @@ class Trainer:
 
     def __call__(self):
         job = submitit.JobEnvironment()
-        args = copy.deepcopy(self.args)
-        folder = args.job_dir.replace("%j", job.job_id)
-        args.output_dir = args.output_dir.replace("%j", job.job_id) or folder
+        args = in_folder_of_job(self.args, job.job_id)
+        if args.cluster == "local" and self.attempt == 0 and utils.list_checkpoints(args.job_dir):
+            raise RuntimeError(f"{args.job_dir}: an earlier job of this number left checkpoints; give an --output_dir")
         if args.dist_url == "env://":
-            args.dist_url = f"file://{self.meeting_place(Path(folder), job.global_rank)}"
+            args.dist_url = f"file://{self.meeting_place(job)}"
         ranks = {"RANK": job.global_rank, "WORLD_SIZE": job.num_tasks, "LOCAL_RANK": job.local_rank}
         os.environ |= {name: str(rank) for name, rank in ranks.items()}
         utils.run_main(importlib.import_module(self.script).main, args, self.script)
 
-    def meeting_place(self, folder, rank):
-        """A file in which the processes find each other, and that no earlier start of this job has used."""
-        # the first number is of starts that submitit queued again, the second of those that Slurm did
-        file = folder / f"rendezvous-{self.attempt}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
-        for other in folder.glob("rendezvous-*") if rank == 0 else ():
-            if other != file:
-                other.unlink(missing_ok=True)  # left by processes that were killed
+    def meeting_place(self, job):
+        """The file in which the processes find each other; no earlier start of this job or another has used it."""
+        # the last two numbers: how often submitit queued the job again, and how often Slurm did
+        starts = f"{self.attempt}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        file = Path(in_folder_of_job(self.args, job.job_id).job_dir) / f"rendezvous-{job.job_id}-{starts}"
+        if job.global_rank == 0:
+            for earlier in file.parent.glob(f"rendezvous-{job.job_id}-*"):
+                if earlier != file:
+                    earlier.unlink(missing_ok=True)  # of processes that were killed
         return file
 
     def checkpoint(self):
         """What submitit puts into the queue after a signal: the same again, which goes on from what was saved."""
         return submitit.helpers.DelayedSubmission(Trainer(self.script, self.args, self.attempt + 1))
+
+
+def in_folder_of_job(args, job_id):
+    """The flags with the job's number for %j, and the job's folder for what has none."""
+    args = copy.deepcopy(args)
+    args.job_dir = args.job_dir.replace("%j", job_id)
+    args.output_dir = args.output_dir.replace("%j", job_id) or args.job_dir
+    args.log_dir = args.log_dir and args.log_dir.replace("%j", job_id)
+    return args
 
 
 def cluster_parameters(args):
@@ -108,17 +120,23 @@ def cluster_parameters(args):
         "slurm_constraint": "&".join(filter(None, constraints)) or None,
         "slurm_account": args.account,
         "slurm_qos": args.qos,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],  # a process that dies takes the others with it
+        "slurm_additional_parameters": {"requeue": True},
+        # A process that dies takes the others with it. srun of some versions does not take over sbatch's cores.
+        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus_per_task}"],
+        "slurm_setup": [f"export PYTHONPATH={shlex.quote(pythonpath())}"],
     }
+
+
+def pythonpath():
+    """For a job to import these files, from wherever it was submitted."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
 
 
 def submit(script, args):
     """Give the job to the scheduler and say where it writes."""
     check_args(script, args)
     args.job_dir = os.path.abspath(args.job_dir)
-    # the job imports these files, from wherever it was submitted
-    paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    os.environ["PYTHONPATH"] = pythonpath()  # for --cluster local
     endless = {"slurm_max_num_timeout": 1000, "local_max_num_timeout": 1000}
     try:
         executor = submitit.AutoExecutor(args.job_dir, cluster=args.cluster, **endless)
@@ -126,8 +144,8 @@ def submit(script, args):
         job = executor.submit(Trainer(script.__name__, args))
     except (RuntimeError, OSError) as error:
         raise UserError(f"--cluster {args.cluster}: {' '.join(str(error).split())}") from None
-    folder = args.job_dir.replace("%j", job.job_id)
-    print(f"job {job.job_id}: logs, checkpoints and TensorBoard in {args.output_dir or folder}")
+    folders = in_folder_of_job(args, job.job_id)
+    print(f"job {job.job_id}: logs in {folders.job_dir}, checkpoints and TensorBoard in {folders.output_dir}")
     if args.cluster == "debug":
         return job.result()
     print(f"  tail -f {job.paths.stdout}")

@@ -131,14 +131,14 @@ def run_main(main, args, name):
         leave_the_others()
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
-        requeue = stopped.requeue if stopped.saved else None
-        how = "the job is queued again" if requeue else "the same command goes on from here"
-        log(f"stopped by {signal.Signals(stopped.signum).name}: {how if stopped.saved else 'nothing was saved'}")
-        if requeue:
-            requeue(stopped.signum, None)  # ends the main process, and may end the job; on the others does nothing
-            with contextlib.suppress(RuntimeError):
-                dist.barrier()  # with the main process, which never comes: leaving before it does might end the job
-        leave_the_others()
+        how = "saved; the same command goes on from here" if stopped.saved else "nothing was saved"
+        log(f"stopped by {signal.Signals(stopped.signum).name}: {how}")
+        try:
+            if stopped.saved and stopped.requeue is not None:
+                stopped.requeue(stopped.signum, None)  # on the main process: queues the job again and exits
+        finally:
+            meet()  # launchers end the other processes as soon as one has left
+            leave_the_others()
         sys.exit(STOPPED if stopped.saved else 128 + stopped.signum)
     except Exception:
         if get_world_size() > 1:
@@ -146,6 +146,13 @@ def run_main(main, args, name):
         raise
     finally:
         release_locks()
+
+
+def meet():
+    """Wait for the other processes, if they are still there."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.all_reduce(torch.zeros(1))
 
 
 def leave_the_others():
@@ -300,6 +307,17 @@ def prepare_output(args):
     """Make the folders for what is written. Raises UserError if that fails, or if one holds another run's work."""
     if not args.output_dir:
         log("no --output_dir: neither checkpoints nor logs will be written")
+    on_all_processes(lambda: make_folders(args))
+    if args.output_dir and not getattr(args, "eval", False):
+        on_main_process(lambda: lock_folder(args.output_dir))
+        remove_half_written(args.output_dir)
+    if args.output_dir and not args.auto_resume and list_checkpoints(args.output_dir):
+        raise UserError(
+            f"--output_dir {args.output_dir}: holds the checkpoints of a run; take another, or --auto_resume true"
+        )
+
+
+def make_folders(args):
     for name in ("output_dir", "log_dir"):
         folder = getattr(args, name)
         if folder:
@@ -308,13 +326,6 @@ def prepare_output(args):
                 tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise UserError(f"--{name} {folder}: cannot be written: {error.strerror}") from None
-    if args.output_dir and not getattr(args, "eval", False):
-        on_main_process(lambda: lock_folder(args.output_dir))
-        remove_half_written(args.output_dir)
-    if args.output_dir and not args.auto_resume and list_checkpoints(args.output_dir):
-        raise UserError(
-            f"--output_dir {args.output_dir}: holds the checkpoints of a run; take another, or --auto_resume true"
-        )
 
 
 LOCKS = []  # open files; their locks end with them, however the process ends
@@ -325,7 +336,11 @@ def lock_folder(folder, patience=10):
 
     patience: seconds for a run that is just ending, such as one that was killed.
     """
-    file = open(Path(folder) / "run.lock", "a+")
+    path = Path(folder) / "run.lock"
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     start = time.monotonic()
     while True:
         try:
@@ -363,7 +378,10 @@ def log_args(args):
 
 def get_rank():
     """The number of this process; of one that has yet to join the others, as its launcher says."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if dist.is_initialized():
+        return dist.get_rank()
+    of_srun = os.environ["SLURM_PROCID"] if is_task_of_srun() else 0
+    return int(os.environ.get("RANK", of_srun))
 
 
 def get_world_size():
@@ -374,11 +392,13 @@ def is_main_process():
     return get_rank() == 0
 
 
-def find_ranks(args):
-    """(rank, number of processes, rank on this machine) as the launcher says, or None for a process on its own.
+def is_task_of_srun():
+    """Whether `srun` started this process beside others. A shell within `salloc` or `sbatch` is on its own."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
-    Of Slurm only what `srun` sets for the tasks of a step counts: a shell within `salloc` or `sbatch` is on its own.
-    """
+
+def find_ranks(args):
+    """(rank, number of processes, rank on this machine) as the launcher says, or None for a process on its own."""
     env = os.environ
     if args.dist_on_itp:
         if "OMPI_COMM_WORLD_RANK" not in env:
@@ -388,7 +408,7 @@ def find_ranks(args):
         return tuple(int(env[name]) for name in names)
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", max(args.local_rank, 0)))
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if is_task_of_srun():
         if "MASTER_ADDR" not in env and args.dist_url == "env://":
             env["MASTER_ADDR"] = first_address_of_slurm_step()
         # a port that the steps of other jobs on the same machine do not take
@@ -426,7 +446,7 @@ def init_distributed_mode(args):
         backend = "cpu:gloo,cuda:nccl"  # what is on the CPU is exchanged without waiting for the GPU
         gpus = torch.cuda.device_count()
         if args.local_rank >= gpus > 1:
-            raise UserError(f"process {args.local_rank} of this machine has no GPU: {gpus} are visible")
+            raise RuntimeError(f"process {args.local_rank} of {socket.gethostname()} has no GPU: {gpus} are visible")
         index = args.local_rank % gpus  # some schedulers show each process its own only
         torch.cuda.set_device(index)
         args.device = f"cuda:{index}"
@@ -463,18 +483,37 @@ def fresh_store(agent_store, rank, timeout):
             time.sleep(0.2)
 
 
+def on_all_processes(work):
+    """Call work() on every process and return its result. If it fails on any of them, all raise the same UserError."""
+    result = error = None
+    try:
+        result = work()
+    except UserError as caught:
+        error = str(caught)
+    if dist.is_initialized():
+        errors = [None] * get_world_size()
+        dist.all_gather_object(errors, (error, socket.gethostname()))
+        failed = [rank for rank, (error, _) in enumerate(errors) if error is not None]
+        if failed:
+            error, host = errors[failed[0]]
+            error = error if len(failed) == len(errors) else f"process {failed[0]}, on {host}: {error}"
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
 def on_main_process(work):
-    """Call work() on the main process alone, and return its result there. If it fails, all raise the same UserError."""
+    """Call work() on the main process alone, and return its result there. If it fails, all raise the same error."""
     result, error = None, [None]
     if is_main_process():
         try:
             result = work()
-        except UserError as caught:
-            error = [str(caught)]
+        except (UserError, TrainingError) as caught:
+            error = [caught]
     if dist.is_initialized():
         dist.broadcast_object_list(error)
     if error[0] is not None:
-        raise UserError(error[0])
+        raise error[0]
     return result
 
 

@@ -1,5 +1,6 @@
 """Shared by the tests: small images, and the script run in this process as from a command line."""
 
+import signal
 import socket
 import sys
 
@@ -27,30 +28,30 @@ SMALL += "--device cpu --num_workers 0".split()
 TINY = "--model convnextv2_atto --input_size 32 --device cpu --num_workers 0".split()
 
 
+def draw_images(folder, count, classes, size, seed=0):
+    """So many images drawn at random, in turn in the folder of each class."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        path = folder / classes[number % len(classes)] / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """A folder of 22 images drawn at random, in two class folders."""
+    """A folder of 22 images in two class folders."""
     folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for number in range(22):
-        path = folder / f"class{number % 2}" / f"{number:02}.png"
-        path.parent.mkdir(exist_ok=True)
-        coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(path)
+    draw_images(folder, 22, ("class0", "class1"), (48, 40))
     return folder
 
 
 @pytest.fixture(scope="session")
 def labelled_folder(tmp_path_factory):
-    """train/ with 22 and val/ with 7 images drawn at random, in three class folders."""
+    """train/ with 22 and val/ with 7 images in three class folders."""
     folder = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 22), ("val", 7)):
-        for number in range(count):
-            path = folder / part / ("ant", "bee", "cat")[number % 3] / f"{number:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(path)
+    draw_images(folder / "train", 22, ("ant", "bee", "cat"), (48, 40), seed=0)
+    draw_images(folder / "val", 7, ("ant", "bee", "cat"), (48, 40), seed=1)
     return folder
 
 
@@ -84,28 +85,36 @@ class Result:
         self.status, self.out, self.err = status, out, err
 
 
-def run_here(module, flags, monkeypatch, capsys):
-    """Run a training script with flags, in this process: its exit status and what it printed."""
-    name = f"{module.__name__}.py"
-    monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+def run_here(run, command, monkeypatch, capsys):
+    """Call run() in this process with that command line: its exit status and what it printed."""
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    handlers = {signum: signal.getsignal(signum) for signum in utils.STOP_SIGNALS}
     status = 0
     try:
-        utils.run_script(module.main, utils.FlagParser(prog=name, parents=[module.get_args_parser()]))
+        run()
     except SystemExit as exit:
         status = exit.code
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     return Result(status, *capsys.readouterr())
+
+
+def run_script_here(module, flags, monkeypatch, capsys):
+    """Run a training script with flags, in this process, see `run_here`."""
+    parser = utils.FlagParser(prog=f"{module.__name__}.py", parents=[module.get_args_parser()])
+    return run_here(lambda: utils.run_script(module.main, parser), [parser.prog, *flags], monkeypatch, capsys)
 
 
 @pytest.fixture
 def pretrain(capsys, monkeypatch):
-    """pretrain(*flags): main_pretrain.py, see `run_here`."""
-    return lambda *flags: run_here(main_pretrain, flags, monkeypatch, capsys)
+    """pretrain(*flags): main_pretrain.py, see `run_script_here`."""
+    return lambda *flags: run_script_here(main_pretrain, flags, monkeypatch, capsys)
 
 
 @pytest.fixture
 def finetune(capsys, monkeypatch):
-    """finetune(*flags): main_finetune.py, see `run_here`."""
-    return lambda *flags: run_here(main_finetune, flags, monkeypatch, capsys)
+    """finetune(*flags): main_finetune.py, see `run_script_here`."""
+    return lambda *flags: run_script_here(main_finetune, flags, monkeypatch, capsys)
 
 
 def free_port():

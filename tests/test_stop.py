@@ -4,9 +4,10 @@ import os
 import signal
 
 import pytest
-from conftest import SMALL, assert_same_weights, weights
+from conftest import SMALL, TINY, assert_same_weights, weights
 
 import hooks
+import main_finetune
 import utils
 
 
@@ -29,13 +30,34 @@ def test_after_a_signal_the_step_is_saved_and_the_run_goes_on_from_it(name, smal
             os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
 
     monkeypatch.setattr(hooks.Console, "on_log", on_log)
+    monkeypatch.setattr(utils, "meet", lambda: os.kill(os.getpid(), signal.SIGTERM))  # nor does one after the save
     folder = tmp_path / "stopped"
     result = pretrain(*flags, "--output_dir", folder, "--print_freq", 1)
-    assert result.status == utils.STOPPED == 75 and f"stopped by {name}: the same command goes on" in result.out
+    assert result.status == utils.STOPPED == 75 and f"stopped by {name}: saved; the same command goes on" in result.out
     assert [path.name for path in folder.glob("*.pth")] == ["checkpoint-0-3.pth"]
     monkeypatch.undo()
     assert pretrain(*flags, "--output_dir", folder).status == 0
     assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(tmp_path / "whole", "checkpoint-1.pth"))
+
+
+def test_a_signal_within_an_evaluation_gives_it_up(labelled_folder, finetune, tmp_path, monkeypatch):
+    flags = [*TINY, "--data_path", labelled_folder, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 4]
+    finetune(*flags, "--output_dir", tmp_path / "whole")
+    evaluate = main_finetune.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr(main_finetune, "evaluate", interrupted)
+    folder = tmp_path / "stopped"
+    result = finetune(*flags, "--output_dir", folder)
+    assert result.status == 75 and "evaluation:" not in result.out
+    assert [path.name for path in folder.glob("*.pth")] == ["checkpoint-0-5.pth"]
+    monkeypatch.undo()
+    assert finetune(*flags, "--output_dir", folder).out.count("evaluation:") == 2
+    assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(tmp_path / "whole", "checkpoint-1.pth"))
+    assert (folder / "log.txt").read_text() == (tmp_path / "whole" / "log.txt").read_text()
 
 
 def test_a_signal_to_a_run_that_saves_nothing_says_so(small, pretrain, monkeypatch):
