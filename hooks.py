@@ -9,7 +9,6 @@ A hook reads the `RunState` and never changes the training. To add one, write a 
 """
 
 import csv
-import functools
 import io
 import json
 import math
@@ -599,7 +598,7 @@ class Checkpointer(Hook):
 
     everywhere = True  # reading the losses takes all processes
 
-    saved = None  # what was written last
+    written = None  # what was written last, by the main process
 
     def on_step(self, state):
         every = state.args.save_ckpt_steps
@@ -619,46 +618,34 @@ class Checkpointer(Hook):
 
         Raises TrainingError if the weights are lost, or if it cannot be written and the run ends here (last).
         """
-        now = (state.epoch, which)
-        if self.saved == now:
-            return
         state.read_losses()
         if not torch.nn.utils.get_total_norm(state.model.parameters()).isfinite():
             raise utils.TrainingError(
                 f"weights are not finite after step {state.step} of epoch {state.epoch}: stopped. "
                 "The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 may help"
             )
-        write = functools.partial(
-            utils.save_model,
-            state.args,
-            state.epoch,
-            None,
-            state.model,
-            state.optimizer,
-            state.scaler,
-            state.model_ema,
-            **which,
-            **state.progress(),
-        )
         if last or not which and state.epoch + 1 == state.args.epochs:
-            utils.on_main_process(lambda: must(write))
-        else:
-            try:
-                write()
-            except OSError as error:
-                return utils.log(
-                    f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, "
-                    "training goes on."
-                )
-        self.saved = now
+            return utils.on_main_process(lambda: self.write_last(state, which))
+        try:
+            self.write(state, which)
+        except OSError as error:
+            utils.log(
+                f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, training goes on."
+            )
 
+    def write(self, state, which):
+        """On the main process. Raises OSError."""
+        now = (state.epoch, which)
+        if self.written != now:
+            run = (state.args, state.epoch, None, state.model, state.optimizer, state.scaler, state.model_ema)
+            utils.save_model(*run, **which, **state.progress())
+            self.written = now
 
-def must(write):
-    """Write the last checkpoint of a run, or raise TrainingError."""
-    try:
-        write()
-    except OSError as error:
-        raise utils.TrainingError(f"the last checkpoint could not be saved: {error}") from None
+    def write_last(self, state, which):
+        try:
+            self.write(state, which)
+        except OSError as error:
+            raise utils.TrainingError(f"the last checkpoint could not be saved: {error}") from None
 
 
 def saving_hooks(args):
