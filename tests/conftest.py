@@ -32,7 +32,7 @@ def draw_images(folder, count, classes, size, seed=0):
     """So many images drawn at random, in turn in the folder of each class."""
     rng = np.random.default_rng(seed)
     for number in range(count):
-        path = folder / classes[number % len(classes)] / f"{number:03}.png"
+        path = folder / classes[number % len(classes)] / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
