@@ -131,14 +131,7 @@ def run_main(main, args, name):
         leave_the_others()
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
-        how = "saved; the same command goes on from here" if stopped.saved else "nothing was saved"
-        log(f"stopped by {signal.Signals(stopped.signum).name}: {how}")
-        try:
-            if stopped.saved and stopped.requeue is not None:
-                stopped.requeue(stopped.signum, None)  # on the main process: queues the job again and exits
-        finally:
-            meet()  # launchers end the other processes as soon as one has left
-            leave_the_others()
+        queue_again(stopped)
         sys.exit(STOPPED if stopped.saved else 128 + stopped.signum)
     except Exception:
         if get_world_size() > 1:
@@ -146,6 +139,21 @@ def run_main(main, args, name):
         raise
     finally:
         release_locks()
+
+
+def queue_again(stopped):
+    """Leave together after a signal; in a job of submitit queue that again, on the main process, which that exits."""
+    how = "saved; the same command goes on from here" if stopped.saved else "nothing was saved"
+    log(f"stopped by {signal.Signals(stopped.signum).name}: {how}")
+    try:
+        if stopped.saved and stopped.requeue is not None:
+            stopped.requeue(stopped.signum, None)
+    except subprocess.CalledProcessError as error:
+        if error.returncode != -signal.SIGTERM:  # Slurm may end `scontrol requeue` with the job that it queued again
+            raise
+    finally:
+        meet()  # launchers end the other processes as soon as one has left
+        leave_the_others()
 
 
 def meet():

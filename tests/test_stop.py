@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 
 import pytest
 from conftest import SMALL, TINY, assert_same_weights, weights
@@ -64,6 +65,24 @@ def test_a_signal_to_a_run_that_saves_nothing_says_so(small, pretrain, monkeypat
     monkeypatch.setattr(hooks.Console, "on_log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     result = pretrain(*small)
     assert result.status == 128 + signal.SIGTERM and "nothing was saved" in result.out
+
+
+@pytest.mark.parametrize(("scontrol", "status"), [(-signal.SIGTERM, 75), (1, None)])
+def test_a_job_is_queued_again_even_if_that_ends_scontrol(small, pretrain, tmp_path, monkeypatch, scontrol, status):
+    """As submitit's handler does, which is in place before training: but what else goes wrong there is told."""
+
+    def requeue(signum, frame):
+        assert (tmp_path / "checkpoint-0-5.pth").exists()
+        raise subprocess.CalledProcessError(scontrol, "scontrol requeue")
+
+    monkeypatch.setattr(hooks.Console, "on_log", lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        assert pretrain(*small, "--output_dir", tmp_path).status == status
+    except subprocess.CalledProcessError:
+        assert status is None
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_a_second_run_on_a_folder_is_refused(small, pretrain, tmp_path, monkeypatch):
