@@ -250,9 +250,12 @@ print(f"process {args.rank} of {dist.get_world_size() if args.distributed else '
 
 
 @needs_slurm
-def test_srun_starts_a_distributed_run_and_a_shell_of_salloc_does_not(slurm, tmp_path, monkeypatch):
+def test_srun_starts_a_distributed_run_which_a_shell_of_salloc_does_not(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "report.py").write_text(REPORT)
     command = [sys.executable, tmp_path / "report.py"]
     assert sorted(slurm_says("srun", "-N2", "-n2", *command).splitlines()) == ["process 0 of 2", "process 1 of 2"]
     assert slurm_says("salloc", "-N2", "-n2", *command) == "process 0 of one"
+    mistake = ["srun", "-N2", "-n2", sys.executable, ROOT / "main_pretrain.py", *DIGITS, "--mask_ratio", "5"]
+    result = subprocess.run(mistake, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("main_pretrain.py: error: --mask_ratio 5.0") == 1
