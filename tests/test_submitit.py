@@ -237,7 +237,7 @@ def test_a_job_on_two_nodes_that_is_interrupted_ends_as_if_it_had_not_been(
         assert (folder / "checkpoint-0.pth").exists(), (folder / f"{job}_0_log.err").read_text()
     assert output().count("goes on from /") == 2 and "world_size: 2" in output()
     assert_same_weights(*(weights(folder, "checkpoint-0.pth") for folder in folders))
-    assert not list(folders[1].glob("rendezvous-*"))
+    assert len(list(folders[1].glob("rendezvous-*"))) <= 1  # of three starts
     assert "Traceback" not in (folders[1] / f"{jobs[1]}_0_log.err").read_text()
 
 
