@@ -8,6 +8,7 @@ A hook reads the `RunState` and never changes the training. To add one, write a 
             print(state.epoch, state.step, ...)
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -150,8 +151,9 @@ class RunState:
         examples = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         if self.args.output_dir and utils.is_main_process():
             path = Path(self.args.output_dir) / "nonfinite_batch.txt"
-            path.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
-            examples += f" (all in {path})"
+            with contextlib.suppress(OSError):  # a full disk does not hide the message
+                path.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
+                examples += f" (all in {path})"
         raise utils.TrainingError(
             f"loss is {loss} in epoch {self.epoch}, step {batch // self.args.update_freq + 1} of "
             f"{self.steps_per_epoch}: stopped. The last checkpoint is from before. A lower --blr or --amp_dtype "

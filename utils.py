@@ -183,6 +183,14 @@ def log(*words):
 
 def add_shared_args(parser, models, epochs, warmup_epochs, blr, min_lr):
     """The flags of both scripts, with the names of the models and the defaults in which they differ."""
+    add_schedule_args(parser, epochs, warmup_epochs, blr, min_lr)
+    add_model_args(parser, models)
+    add_machine_args(parser)
+    add_output_args(parser)
+    add_distributed_args(parser)
+
+
+def add_schedule_args(parser, epochs, warmup_epochs, blr, min_lr):
     group = parser.add_argument_group("training")
     group.add_argument("--batch_size", default=64, type=int, help="images per process and forward pass")
     group.add_argument("--epochs", default=epochs, type=int, help="passes over the images")
@@ -205,6 +213,8 @@ def add_shared_args(parser, models, epochs, warmup_epochs, blr, min_lr):
     group.add_argument("--seed", default=0, type=int, help="decides weights and all that is drawn at random")
     group.add_argument("--start_epoch", default=0, type=int, help="first epoch, counted from 0, of a new run")
 
+
+def add_model_args(parser, models):
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default="convnextv2_base", choices=list(models), metavar="NAME", help=f"one of {', '.join(models)}"
@@ -222,6 +232,8 @@ def add_shared_args(parser, models, epochs, warmup_epochs, blr, min_lr):
         "--stem_stride", default=4, type=int, choices=(1, 2, 4), help="pixels of a site; a mask unit is 8 times that"
     )
 
+
+def add_machine_args(parser):
     group = parser.add_argument_group("loader")
     group.add_argument("--num_workers", default=10, type=int, help="loader processes, at most one a core; 0: none")
     group.add_argument("--pin_mem", default=True, type=str2bool, help="page-locked batches, faster to copy to a GPU")
@@ -233,6 +245,8 @@ def add_shared_args(parser, models, epochs, warmup_epochs, blr, min_lr):
     group.add_argument("--amp_dtype", default="bfloat16", choices=tuple(AMP_DTYPES), help="its type")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
 
+
+def add_output_args(parser):
     group = parser.add_argument_group("checkpoints and logs")
     group.add_argument("--output_dir", default="", metavar="FOLDER", help="for all that is written; empty: nothing is")
     group.add_argument("--log_dir", default=None, metavar="FOLDER", help="for TensorBoard; None: the output folder")
@@ -248,6 +262,8 @@ def add_shared_args(parser, models, epochs, warmup_epochs, blr, min_lr):
     )
     group.add_argument("--print_freq", default=20, type=int, help="steps between log lines")
 
+
+def add_distributed_args(parser):
     group = parser.add_argument_group("distributed (torchrun and other launchers set these)")
     group.add_argument("--world_size", default=1, type=int, help="number of processes")
     group.add_argument(
@@ -529,7 +545,7 @@ def on_main_process(work):
 
 
 def main_process_first(work):
-    """Call work() on the main process, then on the others. If it fails there, all raise the same UserError."""
+    """Call work() on the main process, then on the others. If it fails there, all raise the same error."""
     result = on_main_process(work)
     return result if is_main_process() else work()
 
