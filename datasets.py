@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -28,15 +28,116 @@ from torchvision.transforms import InterpolationMode, v2
 from utils import (
     STOP_SIGNALS,
     UserError,
+    check_least,
+    check_part,
     derive_seed,
     get_rank,
     get_world_size,
     main_process_first,
+    on_all_processes,
     release_locks,
+    str2bool,
 )
 
 COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow names these but cannot read them
+
+
+# ---------------------------------------------------------------- flags
+
+
+def add_loader_args(parser):
+    group = parser.add_argument_group("loader")
+    group.add_argument("--num_workers", default=10, type=int, help="loader processes, at most one a core; 0: none")
+    group.add_argument("--pin_mem", default=True, type=str2bool, help="page-locked batches, faster to copy to a GPU")
+    group.add_argument("--max_bad_images", default=100, type=int, help="more unreadable images than this stop the run")
+
+
+def check_loader_args(args):
+    check_least(args, 0, "num_workers max_bad_images")
+
+
+def add_labelled_args(parser):
+    """The flags of labelled images and of their augmentation."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_set",
+        default="IMNET",
+        choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "DIGITS"),
+        help="IMNET: train/ and val/ of class folders; image_folder: class folders; CIFAR: CIFAR-100",
+    )
+    group.add_argument("--data_path", default=None, metavar="FOLDER", help="where the images are, or come (CIFAR)")
+    group.add_argument(
+        "--eval_data_path", default=None, metavar="FOLDER", help="class folders; None: val/ of data_path"
+    )
+    group.add_argument("--nb_classes", default=None, type=int, help="number of classes, checked; None: as the data")
+    group.add_argument("--images_per_class", default=0, type=int, help="train on the first of each class only; 0: all")
+    group.add_argument(
+        "--imagenet_default_mean_and_std", default=True, type=str2bool, help="pixel statistics; false: Inception's"
+    )
+    group.add_argument(
+        "--crop_pct",
+        default=None,
+        type=float,
+        help="part of the resized image that is evaluated; None: 0.875, and all of it up to 32 and from 384 pixels on",
+    )
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--color_jitter", default=None, type=float, help="strength, where --aa is none; None: no jitter")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an AutoAugment policy, or none")
+    group.add_argument("--hflip", default=0.5, type=float, help="part of the images that is mirrored")
+    group.add_argument("--reprob", default=0.25, type=float, help="part of the images with a rectangle erased")
+    group.add_argument(
+        "--remode", default="pixel", choices=("pixel", "rand", "const"), help="it becomes noise, a colour, 0"
+    )
+    group.add_argument("--recount", default=1, type=int, help="most rectangles an image")
+    group.add_argument(
+        "--train_interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"), help="of resized crops"
+    )
+    group.add_argument("--mixup", default=0.0, type=float, help="alpha of mixup; 0: none")
+    group.add_argument("--cutmix", default=0.0, type=float, help="alpha of cutmix; 0: none")
+    group.add_argument(
+        "--cutmix_minmax", default=None, type=float, nargs=2, help="least and largest side of the cut, 0 to 1"
+    )
+    group.add_argument("--mixup_prob", default=1.0, type=float, help="part of the batches that is mixed")
+    group.add_argument("--mixup_switch_prob", default=0.5, type=float, help="part of those by cutmix, if both are on")
+    group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what is mixed alike")
+
+
+def check_labelled_args(args):
+    """Complete the flags, or raise UserError for those that cannot work."""
+    check_least(args, 0, "images_per_class color_jitter mixup cutmix")
+    check_least(args, 1, "recount")
+    check_part(args, "hflip reprob mixup_prob mixup_switch_prob")
+    if mixes(args) and args.batch_size % 2:
+        raise UserError(f"--batch_size {args.batch_size}: must be even for mixup and cutmix")
+    if args.cutmix_minmax and not 0 <= args.cutmix_minmax[0] <= args.cutmix_minmax[1] <= 1:
+        raise UserError(f"--cutmix_minmax {args.cutmix_minmax}: must be two numbers from 0 to 1, the smaller first")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise UserError(f"--crop_pct {args.crop_pct}: must be above 0, at most 1")
+    args.aa = None if args.aa.lower() in ("", "none") else args.aa
+    if args.data_set in ("DIGITS", "CIFAR", "CIFAR10"):
+        check_colour_mode(args)
+    if args.data_set != "DIGITS" and not args.data_path and not (args.eval and args.eval_data_path):
+        raise UserError("--data_path: give a folder of class folders, or --data_set DIGITS")
+    if args.eval:
+        return
+    if args.in_chans not in (1, 3) and (args.aa or args.color_jitter):
+        raise UserError(
+            f"--aa {args.aa}, --color_jitter {args.color_jitter}: made for grey and RGB images; "
+            f"give --aa none and no --color_jitter for --in_chans {args.in_chans}"
+        )
+    try:
+        build_transform(True, args)
+    except (ValueError, TypeError, KeyError, AssertionError) as error:  # timm's, of a policy it does not know
+        raise UserError(f"--aa {args.aa}: not a policy of timm: {error}") from None
+
+
+def check_colour_mode(args, data_set=None):
+    """Raise UserError unless images of this data set, by default args.data_set, can be read as args.in_chans."""
+    if args.in_chans not in COLOUR_MODES:
+        accepted = list(COLOUR_MODES)
+        raise UserError(f"--in_chans {args.in_chans}: must be one of {accepted} for {data_set or args.data_set}")
 
 
 # ---------------------------------------------------------------- images
@@ -429,14 +530,35 @@ def build_dataset(is_train, args, class_names=None):
     return dataset, len(images.class_names)
 
 
+def build_labelled_sets(args, class_names=None):
+    """Training set (None with --eval), evaluation set (None with --disable_eval) and the names of their classes.
+
+    class_names: of the checkpoint that is evaluated. On all processes; raises UserError as `build_images` does.
+    """
+    train = evaluation = None
+    if not args.eval:
+        train, _ = on_all_processes(lambda: build_dataset(True, args))
+        class_names = train.images.class_names
+    if not args.disable_eval:
+        evaluation, _ = on_all_processes(lambda: build_dataset(False, args, class_names))
+        class_names = class_names or evaluation.images.class_names
+    if args.nb_classes not in (None, len(class_names)):
+        raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(class_names)} classes")
+    if evaluation is not None and len(evaluation.images.class_names) != len(class_names):
+        raise UserError(f"the data has {len(evaluation.images.class_names)} classes, the model {len(class_names)}")
+    return train, evaluation, class_names
+
+
 def build_transform(is_train, args):
     """timm's transform of a Pillow image or a uint8 tensor (C, H, W) to normalised float32 (C, height, width).
 
     Training: random crop, flip, RandAugment or colour jitter, random erasing. Evaluation: the shorter side resized to
     size / crop_pct and the centre cut out; without crop_pct, up to 32 and from 384 pixels on, resized to the very size.
+    The size of evaluation is args.eval_size, if that is given.
     """
     mean, std = pixel_statistics(args.in_chans, imagenet=args.imagenet_default_mean_and_std)
-    size, smallest = args.input_size, min(args.input_size)
+    size = args.input_size if is_train else getattr(args, "eval_size", None) or args.input_size
+    smallest = min(size)
     options = dict(input_size=(args.in_chans, *size), mean=mean.tolist(), std=std.tolist())
     if is_train:
         transform = create_transform(
@@ -458,6 +580,26 @@ def build_transform(is_train, args):
     else:
         transform = create_transform(**options, interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
     return v2.Compose([as_float, *transform.transforms])
+
+
+def mixes(args):
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_mixup(args):
+    """mixup_fn(images, classes (N,)) -> mixed images, class probabilities (N, args.num_classes); None without."""
+    if not mixes(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
 
 
 def as_float(image):
@@ -563,4 +705,13 @@ def build_loader(dataset, args, **which):
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # else each epoch would draw from the global one
         **which,
+    )
+
+
+def describe(loader, args):
+    """A line on what is trained on, and how fast."""
+    sampler = loader.batch_sampler
+    return (
+        f"{sampler.num_samples} images, {sampler.steps_per_epoch} steps of {args.effective_batch_size} an epoch; "
+        f"learning rate up to {args.lr:.2e}; {loader.num_workers} loader workers"
     )

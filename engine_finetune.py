@@ -1,13 +1,11 @@
 """The fine-tuning step and the evaluation, and nothing about files: those are in hooks.py."""
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from engine_pretrain import autocast, optimize
-from utils import UserError
+from utils import Evaluation, UserError
 
 
 def train_one_epoch(model, criterion, loader, optimizer, scaler, state, hooks, args, mixup_fn=None):
@@ -26,85 +24,57 @@ def train_one_epoch(model, criterion, loader, optimizer, scaler, state, hooks, a
     optimize(forward, model, loader, optimizer, scaler, state, hooks, args)
 
 
-class Evaluation(NamedTuple):
-    """What a model made of every image of a data set that could be read, in the order of the set."""
-
-    loss: float  # mean cross-entropy
-    acc1: float  # top-1 accuracy in per cent
-    acc5: float  # top-5; of fewer classes all
-    targets: torch.Tensor  # (n,) classes
-    predictions: torch.Tensor  # (n,) likeliest classes
-    unreadable: list  # names of the images left out
-
-    def __str__(self):
-        top = f"top-1 {self.acc1:.2f} %  top-5 {self.acc5:.2f} %  loss {self.loss:.4f}"
-        left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
-        return f"{top}  ({len(self.targets)} images{left_out})"
-
-    def confusion(self, num_classes):
-        """(K, K) counts: row the true class, column the predicted one."""
-        pairs = self.targets * num_classes + self.predictions
-        return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
-
-    def per_class(self, num_classes):
-        """A row for each class: images, precision and recall; nan where there is none to divide by."""
-        images = self.targets.bincount(minlength=num_classes)
-        predicted = self.predictions.bincount(minlength=num_classes)
-        right = self.targets[self.targets == self.predictions].bincount(minlength=num_classes)
-        precision, recall = (right / predicted).tolist(), (right / images).tolist()
-        return [(n, round(p, 4), round(r, 4)) for n, p, r in zip(images.tolist(), precision, recall, strict=True)]
-
-
-@torch.inference_mode()
 def evaluate(model, loader, args, give_up=lambda: False):
     """The `Evaluation` of a model by all processes together, exact: no image counts twice. All get the same.
 
+    With args.pool_window the head is applied to each such window of sites, and the logits are averaged.
     give_up: asked at every batch; once it is true on any process, the result is None on all (with args.dist_eval).
     Raises UserError if no image could be read.
     """
-    model.eval()
+    most = max(args.topk)
+
+    def losses_and_classes(imgs, targets):
+        logits = model(imgs, window=args.pool_window).float()
+        top = logits.topk(min(most, logits.shape[1])).indices
+        return torch.cat([F.cross_entropy(logits, targets, reduction="none")[:, None].double(), top.double()], dim=1)
+
     device = next(model.parameters()).device  # averaged weights may be elsewhere
-    given_up = False
-    rows, unreadable = [torch.empty(0, 5, dtype=torch.float64, device=device)], []
+    model.eval()
+    collected = collect(losses_and_classes, loader, device, args, args.dist_eval, give_up)
+    if collected is None:
+        return None
+    rows, targets, unreadable = collected
+    return Evaluation(rows[:, 0].mean().item(), targets, rows[:, 1:].long(), args.num_classes, args.topk, unreadable)
+
+
+@torch.no_grad()
+def collect(function, loader, device, args, divided=True, give_up=lambda: False):
+    """function(imgs, targets) -> a row (n, D) each, of every image of a data set, on the CPU in the order of the set.
+
+    divided: each process's loader yields a part; all get the whole. give_up: as in `evaluate`.
+    Returns rows (n, D), targets (n,) and names of unreadable images, or None. Raises UserError if all are unreadable.
+    """
+    rows, order, targets, unreadable, given_up = [], [], [], [], False
     for batch in loader:
         given_up = give_up()
         if given_up:
             break
         unreadable += batch.unreadable
-        if not len(batch.imgs):
-            continue
-        imgs = batch.imgs.to(device, non_blocking=True)
-        targets = batch.targets.to(device, non_blocking=True)
-        with autocast(args):
-            logits = model(imgs)
-        logits = logits.float()
-        top = logits.topk(min(5, logits.shape[1])).indices
-        in_top = (top == targets[:, None]).any(1)
-        loss = F.cross_entropy(logits, targets, reduction="none")
-        columns = (batch.indices.to(device), targets, top[:, 0], in_top, loss)
-        rows.append(torch.stack([column.double() for column in columns], dim=1))
-    rows = torch.cat(rows).cpu()
-    if dist.is_initialized() and args.dist_eval:
-        rows, unreadable, given_up = gather(rows, unreadable, given_up)
+        if len(batch.imgs):
+            with autocast(args):
+                row = function(batch.imgs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True))
+            rows.append(row.cpu())
+            order.append(batch.indices)
+            targets.append(batch.targets)
+    if dist.is_initialized() and divided:
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (rows, order, targets, unreadable, given_up))
+        *lists, flags = zip(*parts, strict=True)
+        rows, order, targets, unreadable = (sum(some, []) for some in lists)
+        given_up = any(flags)
     if given_up:
         return None
-    if not len(rows):
+    if not rows:
         raise UserError(f"none of the images could be read: {unreadable[0]}")
-    # In the order of the set, so that the sums do not depend on how it was divided
-    _, targets, predictions, in_top, loss = rows[rows[:, 0].argsort()].unbind(1)
-    return Evaluation(
-        loss=loss.mean().item(),
-        acc1=100 * (targets == predictions).double().mean().item(),
-        acc5=100 * in_top.mean().item(),
-        targets=targets.long(),
-        predictions=predictions.long(),
-        unreadable=unreadable,
-    )
-
-
-def gather(rows, unreadable, given_up):
-    """The rows and names of all processes, on each, and whether any has given up."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (rows, unreadable, given_up))
-    rows, names, flags = zip(*parts, strict=True)
-    return torch.cat(rows), [name for some in names for name in some], any(flags)
+    in_order = torch.cat(order).argsort()  # so that sums do not depend on how the set was divided
+    return torch.cat(rows)[in_order], torch.cat(targets)[in_order], unreadable

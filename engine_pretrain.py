@@ -6,6 +6,7 @@ import torch
 
 import utils
 from datasets import normalize
+from optim_factory import adjust_learning_rate, adjust_weight_decay
 
 
 def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
@@ -31,9 +32,9 @@ def optimize(forward, model, loader, optimizer, scaler, state, hooks, args):
     for number, batch in enumerate(loader, start=1):
         state.observe_data(batch)
         end_of_step = number % args.update_freq == 0
-        state.lr = utils.adjust_learning_rate(optimizer, state.epochs_done, args)
+        state.lr = adjust_learning_rate(optimizer, state.epochs_done, args)
         if args.weight_decay_end is not None:
-            utils.adjust_weight_decay(optimizer, state.epochs_done, args)
+            adjust_weight_decay(optimizer, state.epochs_done, args)
         utils.set_seed(args.seed, state.epoch, state.step, utils.get_rank(), number % args.update_freq)
 
         with gradients_stay_here(model) if not end_of_step else contextlib.nullcontext():

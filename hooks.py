@@ -1,29 +1,87 @@
-"""What happens around training: log lines, TensorBoard, pictures, checkpoints.
+"""What happens around training: log lines, TensorBoard, pictures, profiles, checkpoints; and what they are told.
 
-A hook reads the `RunState` and never changes the training. To add one, write a class and put it into the list in
-`main_pretrain.py` or `main_finetune.py`:
+A hook reads the `RunState` and does not change the training; what it measures it puts into `state.metrics`. To add one,
+write a class and put it into the list in `build_hooks` of `main_pretrain.py` or `main_finetune.py`, anywhere:
 
-    class GradientNorm(Hook):
-        def on_step(self, state):
-            print(state.epoch, state.step, ...)
+    class WeightNorm(hooks.Hook):
+        def on_evaluate(self, state):
+            state.metrics["weight_norm"] = torch.nn.utils.get_total_norm(state.model.parameters()).item()
 """
 
+import argparse
 import contextlib
 import csv
 import io
 import json
 import math
+import re
 import signal
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
-from datasets import Batch, denormalize, normalize
-from models.checkpoints import get_weights, load_weights, remap_checkpoint_keys
+from datasets import Batch
+from models.checkpoints import split_decoder
+from tools.pictures import draw_confusion, reconstruct
+from utils import UserError, str2bool
+
+
+def add_output_args(parser, watched):
+    """The flags of what a run writes. watched: which metric decides the best checkpoint if the person does not say."""
+    group = parser.add_argument_group("checkpoints and logs")
+    group.add_argument("--output_dir", default="", metavar="FOLDER", help="for all that is written; empty: nothing is")
+    group.add_argument("--log_dir", default=None, metavar="FOLDER", help="for TensorBoard; None: the output folder")
+    group.add_argument("--save_ckpt", default=True, type=str2bool, help="write checkpoints")
+    group.add_argument("--save_ckpt_freq", default=1, type=int, help="epochs between checkpoints")
+    group.add_argument("--save_ckpt_steps", default=0, type=int, help="steps between those within an epoch; 0: none")
+    group.add_argument("--save_ckpt_num", default=3, type=int, help="checkpoints kept, of each of the two kinds")
+    group.add_argument(
+        "--auto_resume", default=True, type=str2bool, help="go on from the newest checkpoint in the output folder"
+    )
+    group.add_argument(
+        "--resume", default="", metavar="FILE", help="checkpoint to start from where the output folder has none"
+    )
+    group.add_argument(
+        "--watch",
+        default=None,
+        metavar="METRIC",
+        help=f"number of log.txt by which checkpoint-best.pth and encoder-best.pth are chosen; None: {watched}",
+    )
+    group.add_argument(
+        "--early_stop", default=0, type=int, help="measurements of --watch without a better one that end it; 0: never"
+    )
+    group.add_argument("--print_freq", default=20, type=int, help="steps between log lines")
+    group.add_argument(
+        "--profile_steps",
+        default=None,
+        type=steps_from_to,
+        metavar="A:B",
+        help="trace the optimizer steps from A to before B of this process, counted from 0",
+    )
+
+
+def steps_from_to(text):
+    """Argument type of A:B."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two step numbers A:B, the first below the second")
+    return int(match[1]), int(match[2])
+
+
+def check_output_args(args, metrics):
+    """Raise UserError for values that cannot work. metrics: names of what is measured at the end of epochs."""
+    utils.check_least(args, 1, "save_ckpt_freq save_ckpt_num print_freq")
+    utils.check_least(args, 0, "save_ckpt_steps early_stop")
+    if args.watch not in (None, *metrics):
+        raise UserError(f"--watch {args.watch}: must be one of {', '.join(metrics)}")
+    if args.early_stop and args.watch is None:
+        raise UserError(f"--early_stop {args.early_stop}: give --watch too, one of {', '.join(metrics)}")
+    if args.profile_steps and not args.output_dir:
+        raise UserError(f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}: give an --output_dir too")
 
 
 class Mean:
@@ -58,8 +116,10 @@ class RunState:
         self.num_images = len(images)
         self.model_ema = model_ema  # averaged weights, or None
         self.class_names = class_names
+        self.metrics = {}  # numbers of this epoch, by their names in log.txt
         self.evaluations = {}  # the last ones, by what was evaluated: "" the model, "_ema" the averaged weights
-        self.best = {}  # likewise: [top-1 accuracy, epoch]
+        self.given_up = False  # whether this epoch's were, since a signal came
+        self.best = {}  # of args.watch, also by averaged weights: value, its epoch, how often measured since
         self.evaluating = getattr(args, "eval", False)  # and nothing else
         self.device_type = torch.device(args.device).type
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -67,6 +127,7 @@ class RunState:
         self.step = 0  # optimizer steps done in this epoch
         self.lr = 0.0
         self.epoch_loss = Mean()  # of this epoch's losses, as far as they were read
+        self.epoch_images, self.epoch_seconds = 0, 0.0  # trained of it by this process and its peers
         self.lap_loss = Mean()  # of those since the last log line
         self.unread_losses = []  # tensors on the device
         self.unreadable_images = {}  # names that all processes met, in order
@@ -87,6 +148,16 @@ class RunState:
     def time_to_log(self):
         return self.step % self.args.print_freq == 0 or self.step == self.steps_per_epoch
 
+    def due(self, every):
+        """Whether, at the end of an epoch, it is time for what is done every so many, after the first and the last."""
+        done = self.epoch + 1
+        return every > 0 and (done % every == 0 or done in (1, self.args.epochs))
+
+    def ends_before(self, epoch):
+        """Whether this epoch is not trained: all before it were asked for, or --watch has not improved for too long."""
+        since = min((since for _, _, since in self.best.values()), default=0)
+        return epoch >= self.args.epochs or 0 < self.args.early_stop <= since
+
     def start_lap(self):
         """Start the clock: what is logged is measured from one log line to the next."""
         self.clock = self.lap_start = time.perf_counter()
@@ -97,7 +168,9 @@ class RunState:
         """Set what is logged: loss, images_per_second, data_seconds (waited for a batch). On all processes at once."""
         self.read_losses()
         images = self.batches * self.args.batch_size * utils.get_world_size()
-        self.images_per_second = images / (time.perf_counter() - self.lap_start)
+        seconds = time.perf_counter() - self.lap_start
+        self.images_per_second = images / seconds
+        self.epoch_images, self.epoch_seconds = self.epoch_images + images, self.epoch_seconds + seconds
         self.data_seconds = self.data_time / self.batches
         self.loss = self.lap_loss.value
         self.start_lap()
@@ -161,12 +234,31 @@ class RunState:
         )
 
     def observe_evaluations(self, evaluations):
-        """Keep the evaluations of an epoch, and which is the best; none of them if one was given up."""
-        self.evaluations = evaluations = {} if None in evaluations.values() else evaluations
-        for what, evaluation in evaluations.items():
-            if what not in self.best or evaluation.acc1 > self.best[what][0]:
-                self.best[what] = [evaluation.acc1, self.epoch]
+        """Keep the evaluations of an epoch, by what was evaluated; none of them if one was given up."""
+        self.given_up = None in evaluations.values()
+        self.evaluations = {} if self.given_up else evaluations
+        for what, evaluation in self.evaluations.items():
+            self.metrics |= {f"test_{name}{what}": value for name, value in evaluation.metrics().items()}
             self.unreadable_images |= dict.fromkeys(evaluation.unreadable)
+
+    def sum_up(self):
+        """Complete the metrics of an epoch, and note whether it is the best."""
+        trained = {"train_loss": self.epoch_loss.value, "train_lr": self.lr}
+        if self.epoch_seconds:
+            trained["images_per_second"] = round(self.epoch_images / self.epoch_seconds, 1)
+        self.metrics = trained | self.metrics
+        for name in self.watched():
+            if name in self.metrics:
+                value, best = self.metrics[name], self.best.get(name)
+                better = best is None or (value < best[0] if "loss" in name else value > best[0])
+                self.best[name] = [value, self.epoch, 0] if better else [*best[:2], best[2] + 1]
+
+    def watched(self):
+        """The watched metric, and the same by averaged weights."""
+        return [self.args.watch, f"{self.args.watch}_ema"]
+
+    def is_best(self, name):
+        return name in self.best and self.best[name][1] == self.epoch
 
     def progress(self):
         """What a checkpoint keeps besides model, averaged model, optimizer, scaler, epoch and step."""
@@ -191,96 +283,20 @@ class RunState:
         if self.step:
             self.epoch_loss, self.lr = Mean(*checkpoint["epoch_loss"]), checkpoint["lr"]
         self.unreadable_images = dict.fromkeys(checkpoint["unreadable_images"])
-        self.best = checkpoint["best"]
+        self.best = {name: best for name, best in checkpoint["best"].items() if name in self.watched()}
 
     def end_epoch(self):
         self.epoch, self.step = self.epoch + 1, 0
         self.epoch_loss = Mean()
-
-
-def resume(state, run_flags):
-    """Stand where the run stopped, on all processes at the same step: see `go_on`."""
-    utils.on_all_processes(lambda: go_on(state, run_flags))
-    if dist.is_initialized():
-        positions = [None] * dist.get_world_size()
-        dist.all_gather_object(positions, (state.epoch, state.step))
-        if len(set(positions)) > 1:
-            raise utils.UserError(
-                f"--output_dir {state.args.output_dir}: the processes find other checkpoints there, "
-                f"of (epoch, step) {sorted(set(positions))}: it must be one folder for all machines"
-            )
-
-
-def go_on(state, run_flags):
-    """Go on from the newest whole checkpoint in the output folder, else start from --resume, else from nothing.
-
-    run_flags: names of what decides a run's numbers; what has changed is told, and refused where it cannot be.
-    """
-    args = state.args
-    checkpoint, path = utils.newest_checkpoint(args.output_dir) if args.output_dir else (None, None)
-    if checkpoint is None and args.resume:
-        checkpoint, path = utils.load_checkpoint(args.resume), args.resume
-    if checkpoint is None:
-        return
-    load_model_and_ema(state, checkpoint, path)
-    if checkpoint.get("format") is None:
-        return utils.log(
-            f"weights from {path}, which another program wrote: training starts at epoch {args.start_epoch}"
-        )
-    now = vars(args) | {"num_images": state.num_images}
-    try:
-        then = checkpoint["args"] | {"num_images": checkpoint["num_images"]}
-        refuse_what_cannot_change(state, checkpoint, then, now, path)
-        state.restore(checkpoint)
-    except KeyError as error:
-        raise utils.UserError(f"{path}: a checkpoint without {error}: cannot be gone on from") from None
-    except ValueError as error:  # of the optimizer: other groups, as another layer decay makes
-        names = [name for name in ("layer_decay", "layer_decay_type") if then.get(name) != now.get(name)]
-        flags = " ".join(f"--{name} {then.get(name)}" for name in names)
-        raise utils.UserError(f"{path}: saved with {flags or 'another optimizer'}; take the same: {error}") from None
-    for name in run_flags:
-        if then.get(name) != now[name]:
-            utils.log(f"changed since {path}: {name} {then.get(name)} -> {now[name]}")
-    utils.log(f"goes on from {path}: epoch {state.epoch}, step {state.step}")
-
-
-def load_model_and_ema(state, checkpoint, path):
-    """Load a checkpoint's weights, and the averaged ones, if they are kept; without any they start from the others."""
-    load_weights(state.model, get_weights(checkpoint, path), path)
-    if state.model_ema is None:
-        return
-    if "model_ema" in checkpoint:
-        load_weights(state.model_ema.module, remap_checkpoint_keys(checkpoint["model_ema"]), path)
-    else:
-        state.model_ema.set(state.model)
-        utils.log(f"{path} holds no averaged weights: they start from the others")
-
-
-def refuse_what_cannot_change(state, checkpoint, then, now, path):
-    """Raise UserError for what would make nonsense of the optimizer's state or of the position in the epoch."""
-    if then.get("opt") != now.get("opt"):
-        raise utils.UserError(f"{path}: saved with --opt {then.get('opt')}; can only go on with the same")
-    if checkpoint["class_names"] != state.class_names:
-        raise utils.UserError(f"{path}: {other_classes(checkpoint['class_names'], state.class_names)}")
-    for name in ("effective_batch_size", "num_images"):
-        if checkpoint["step"] and then[name] != now[name]:
-            raise utils.UserError(
-                f"{path}: saved within an epoch at {name.replace('_', ' ')} {then[name]}; "
-                f"can only go on with the same, not {now[name]}"
-            )
-
-
-def other_classes(then, now):
-    """What differs between the classes of a checkpoint and those of the data."""
-    then, now = (list(names or []) for names in (then, now))
-    if len(then) != len(now):
-        return f"has {len(then)} classes, the data {len(now)}"
-    name = next(i for i in range(len(now)) if then[i] != now[i])
-    return f"has other classes than the data: number {name} is {then[name]!r}, not {now[name]!r}"
+        self.epoch_images, self.epoch_seconds = 0, 0.0
+        self.metrics = {}
 
 
 class Hook:
-    """Called at set points of a run with its `RunState`; by default on the main process only."""
+    """Called at set points of a run with its `RunState`; by default on the main process only.
+
+    There it must do without the other processes, which do not wait for it: a collective operation raises.
+    """
 
     everywhere = False  # True: on every process. What a hook does there must be the same on each.
 
@@ -296,17 +312,21 @@ class Hook:
         """Every print_freq steps and after the last step of an epoch, before `on_step`."""
 
     def on_evaluate(self, state):
-        """After `state.evaluations` were made, at the end of an epoch or with --eval true."""
+        """After the last step of an epoch and its evaluation: the time to measure, into `state.metrics`."""
 
     def on_epoch_end(self, state):
-        """After the last step of an epoch and its evaluation; `state.epoch` is that epoch."""
+        """After that: `state.metrics` is complete; `state.epoch` is that epoch. Also at the end of --eval true."""
 
     def on_end(self, state):
         """After the last epoch."""
 
 
 class Hooks:
-    """Call a list of hooks in their order: hooks("on_step", state). A file that cannot be written stops no run."""
+    """Call a list of hooks in their order: hooks("on_step", state). Their order does not matter to the training.
+
+    A file that cannot be written stops no run, unless a hook that runs everywhere wanted it. Any other error of a hook
+    ends the run, with the hook's name.
+    """
 
     def __init__(self, hooks):
         self.hooks = [hook for hook in hooks if hook.everywhere or utils.is_main_process()]
@@ -314,11 +334,26 @@ class Hooks:
     def __call__(self, event, state):
         for hook in self.hooks:
             try:
-                getattr(hook, event)(state)
-            except OSError as error:
+                with contextlib.nullcontext() if hook.everywhere else AloneOnMainProcess():
+                    getattr(hook, event)(state)
+            except (UserError, utils.TrainingError, utils.Stopped):
+                raise
+            except Exception as error:
+                if hook.everywhere or not isinstance(error, OSError):
+                    where = f"{event}, epoch {state.epoch}, step {state.step}"
+                    raise RuntimeError(f"hook {type(hook).__name__} failed ({where}): {error!r}") from error
                 print(f"{type(hook).__name__} failed: {error}. Training goes on.", flush=True)
                 if event == "on_start":  # it has not what it needs
                     self.hooks = [other for other in self.hooks if other is not hook]
+
+
+class AloneOnMainProcess(TorchDispatchMode):
+    """Within, a collective operation raises, where it would wait for ever for processes that do not take part."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            raise RuntimeError(f"{function} on the main process alone: set `everywhere = True` in the hook")
+        return function(*args, **(kwargs or {}))
 
 
 class AveragedWeights(Hook):
@@ -350,11 +385,13 @@ class UnreadableImages(Hook):
             utils.log(f"unreadable image {number} (of --max_bad_images {self.max_bad_images}), left out: {name}")
         self.told = len(names)
         if self.told > self.max_bad_images:
-            raise utils.UserError(f"{self.told} images could not be read, --max_bad_images is {self.max_bad_images}")
+            raise UserError(f"{self.told} images could not be read, --max_bad_images is {self.max_bad_images}")
 
 
 class Console(Hook):
-    """A line for each log interval."""
+    """A line for each log interval, and what is measured at the end of an epoch."""
+
+    SHOWN = ("train_", "test_", "images_per_second")  # beginnings of the names of metrics in other lines
 
     def on_start(self, state):
         self.started, self.start = time.perf_counter(), state.epochs_done
@@ -371,33 +408,26 @@ class Console(Hook):
             line += f"  memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
         print(line, flush=True)
 
-    def on_evaluate(self, state):
+    def on_epoch_end(self, state):
         for what, evaluation in state.evaluations.items():
-            line = f"{'averaged weights' if what else 'evaluation'}: {evaluation}"
-            if not state.evaluating:
-                line += "  (best {:.2f} %, epoch {})".format(*state.best[what])
-            print(line, flush=True)
+            print(f"{'averaged weights' if what else 'evaluation'}: {evaluation}", flush=True)
+        others = {name: value for name, value in state.metrics.items() if not name.startswith(self.SHOWN)}
+        if others:
+            print("  ".join(f"{name} {value:.4g}" for name, value in others.items()), flush=True)
+        for name, (value, epoch, since) in state.best.items():
+            if not since or name in state.metrics:
+                print(f"best {name} so far: {value:.4g}, epoch {epoch}", flush=True)
 
     def on_end(self, state):
-        print(
-            f"trained {state.epochs_done - self.start:.4g} epochs in {hours(time.perf_counter() - self.started)}",
-            flush=True,
-        )
+        early = "" if state.epoch == state.args.epochs else f", ended early: no better {state.args.watch}"
+        trained = f"trained {state.epochs_done - self.start:.4g} epochs"
+        print(f"{trained} in {hours(time.perf_counter() - self.started)}{early}", flush=True)
 
 
 def hours(seconds):
     """h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def named_metrics(state, prefix):
-    """loss, acc1 and acc5 of the last evaluations by name."""
-    return {
-        f"{prefix}{name}{what}": getattr(evaluation, name)
-        for what, evaluation in state.evaluations.items()
-        for name in ("loss", "acc1", "acc5")
-    }
 
 
 class LogFile(Hook):
@@ -421,14 +451,7 @@ class LogFile(Hook):
             return False  # not a line of ours
 
     def on_epoch_end(self, state):
-        entry = {
-            "train_loss": state.epoch_loss.value,
-            "train_lr": state.lr,
-            **named_metrics(state, "test_"),
-            "epoch": state.epoch,
-            "n_parameters": state.n_parameters,
-        }
-        self.lines.append(json.dumps(entry))
+        self.lines.append(json.dumps(state.metrics | {"epoch": state.epoch, "n_parameters": state.n_parameters}))
         content = "".join(f"{line}\n" for line in self.lines).encode(errors="surrogateescape")
         utils.write_whole(self.path, lambda file: file.write(content))
 
@@ -452,13 +475,11 @@ class TensorBoard(Hook):
         self.writer.add_scalar("train/lr", state.lr, at)
         self.writer.add_scalar("train/images_per_second", state.images_per_second, at)
 
-    def on_evaluate(self, state):
-        for name, value in named_metrics(state, "test/").items():
-            self.writer.add_scalar(name, value, 1000 * state.epochs_evaluated)
-        self.writer.flush()
-
     def on_epoch_end(self, state):
-        self.writer.add_scalar("epoch/train_loss", state.epoch_loss.value, 1000 * (state.epoch + 1))
+        for name, value in state.metrics.items():
+            kind, _, rest = name.partition("_")
+            tag = f"{kind}/{rest}" if kind in ("test", "probe") else f"epoch/{name}"
+            self.writer.add_scalar(tag, value, 1000 * state.epochs_evaluated)
         self.writer.flush()
 
     def on_end(self, state):
@@ -472,8 +493,7 @@ class Reconstructions(Hook):
         self.dataset, self.output_dir, self.every, self.count = dataset, output_dir, every, count
 
     def on_epoch_end(self, state):
-        done = state.epoch + 1
-        if done % self.every and done not in (1, state.args.epochs):
+        if not state.due(self.every):
             return
         count = min(self.count, len(self.dataset.images))
         numbers = [i * len(self.dataset.images) // count for i in range(count)]
@@ -481,7 +501,7 @@ class Reconstructions(Hook):
         device = state.args.device
         picture = reconstruct(state.model, batch.imgs.to(device), state.args.mask_ratio, batch.noise.to(device))
         picture.save(Path(self.output_dir) / f"reconstruction-{state.epoch:04}.png")
-        add_picture(state, "reconstruction", picture, 1000 * done)
+        add_picture(state, "reconstruction", picture, 1000 * state.epochs_evaluated)
 
 
 def add_picture(state, title, picture, at):
@@ -489,44 +509,6 @@ def add_picture(state, title, picture, at):
     if getattr(state, "writer", None):
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         state.writer.add_image(title, pixels.view(picture.height, picture.width, 3), at, dataformats="HWC")
-
-
-@torch.no_grad()
-def reconstruct(model, imgs, mask_ratio, noise=None):
-    """A Pillow image with a row original | masked | reconstruction for each image of imgs (N, C, H, W) uint8."""
-    was_training = model.training
-    model.eval()
-    normal = normalize(imgs)
-    _, pred, mask = model(normal, mask_ratio=mask_ratio, noise=noise)
-    model.train(was_training)
-    reconstruction = denormalize(model.reconstruct(normal, pred.float(), mask))
-    removed = model.unpatchify(
-        mask[:, :, None].expand(-1, -1, model.patch_size**2 * model.in_chans),
-        tuple(size // model.patch_size for size in imgs.shape[2:]),
-    )
-    masked = torch.where(removed.bool(), torch.full_like(imgs, 127), imgs)
-    return draw_table(["original", "masked", "reconstruction"], [imgs, masked, reconstruction])
-
-
-def draw_table(titles, columns, border=4, smallest=112, header=16):
-    """A Pillow RGB image of images (N, C, H, W) uint8 in columns under their titles.
-
-    The second half of N stands beside the first. Images less than `smallest` pixels wide are enlarged.
-    """
-    n, channels, height, width = columns[0].shape
-    rows = -(-n // 2)
-    enlarge = -(-smallest // width)
-    width, height = width * enlarge, height * enlarge
-    half = len(columns) * (width + border) + 2 * border
-    table = Image.new("RGB", (half * (2 if n > 1 else 1), header + rows * (height + border)), "white")
-    for j, (title, images) in enumerate(zip(titles, columns, strict=True)):
-        images = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-        for i, image in enumerate(images.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
-            left, top = i // rows * half + border + j * (width + border), header + i % rows * (height + border)
-            if i % rows == 0:
-                ImageDraw.Draw(table).text((left, 2), title, fill="black")
-            table.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
-    return table
 
 
 class ClassReport(Hook):
@@ -537,17 +519,19 @@ class ClassReport(Hook):
     def __init__(self, output_dir):
         self.folder = Path(output_dir)
 
-    def on_evaluate(self, state):
-        if not state.evaluating and state.epoch + 1 < state.args.epochs:
+    def on_epoch_end(self, state):
+        if not state.evaluating and not state.ends_before(state.epoch + 1):
             return
         names = state.class_names
         for what, evaluation in state.evaluations.items():
-            rows = [(name, *values) for name, values in zip(names, evaluation.per_class(len(names)), strict=True)]
-            self.write(f"per_class{what}.csv", ("class", "images", "precision", "recall"), rows)
+            columns = evaluation.per_class()
+            rounded = [c.round(decimals=4) if c.is_floating_point() else c for c in columns.values()]
+            rows = zip(names, *(column.tolist() for column in rounded), strict=True)
+            self.write(f"per_class{what}.csv", ("class", *columns), rows)
             if len(names) > self.LARGEST:
                 print(f"no confusion matrix: {len(names)} classes are more than {self.LARGEST}", flush=True)
                 continue
-            matrix = evaluation.confusion(len(names))
+            matrix = evaluation.confusion()
             rows = [(name, *counts) for name, counts in zip(names, matrix.tolist(), strict=True)]
             self.write(f"confusion{what}.csv", ("true class \\ predicted", *names), rows)
             picture = draw_confusion(matrix, names)
@@ -561,41 +545,57 @@ class ClassReport(Hook):
         utils.write_whole(self.folder / name, lambda file: file.write(content))
 
 
-def draw_confusion(matrix, names, width=800):
-    """A Pillow RGB image of a confusion matrix (K, K), a row a true class: the darker, the larger part of its images.
+class Profiler(Hook):
+    """torch's profiler over some optimizer steps of this process: a trace for TensorBoard and Perfetto, and a table."""
 
-    With few classes each cell shows its count, and names stand beside rows and above columns.
-    """
-    count = len(matrix)
-    cell = min(max(width // count, 1), 48)
-    names = [name[:24] for name in names]
-    margin = 40 + 6 * max(map(len, names)) if cell >= 12 else 40
-    part = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    shade = 1 - part[:, :, None] * torch.tensor([0.88, 0.62, 0.35])  # white to blue
-    heat = Image.fromarray((shade * 255).round().to(torch.uint8).numpy())
-    picture = Image.new("RGB", (margin + cell * count + 8, margin + cell * count + 8), "white")
-    picture.paste(heat.resize((cell * count,) * 2, Image.Resampling.NEAREST), (margin, margin))
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((margin - 1, margin - 1, margin + cell * count, margin + cell * count), outline="lightgrey")
-    draw.text((margin + 4, 4), "predicted", fill="grey")
-    upright = Image.new("RGB", (margin - 20, cell * count), "white")  # the columns' names, before they are turned
-    for i, name in enumerate(names if cell >= 12 else []):
-        at = cell * i + cell // 2
-        draw.text((margin - 6, margin + at), name, fill="black", anchor="rm")
-        ImageDraw.Draw(upright).text((6, at), name, fill="black", anchor="lm")
-        for j in range(count if cell >= 24 else 0):
-            if matrix[i, j]:
-                where, colour = (margin + cell * j + cell // 2, margin + at), "white" if part[i, j] > 0.5 else "black"
-                draw.text(where, str(matrix[i, j].item()), fill=colour, anchor="mm")
-    picture.paste(upright.rotate(90, expand=True), (margin, 20))
-    draw.text((4, margin + 4 if cell < 12 else margin - 16), "true", fill="grey")
-    return picture
+    def __init__(self, steps, folder):
+        self.first, self.end = steps
+        self.path = Path(folder) / f"profile-{self.first}-{self.end}.pt.trace.json.gz"
+        self.done, self.profile = 0, None
+
+    def on_start(self, state):
+        self.start_or_stop()
+
+    def on_step(self, state):
+        self.done += 1
+        self.start_or_stop()
+
+    def start_or_stop(self):
+        if self.done == self.first:
+            self.profile = torch.profiler.profile(record_shapes=True)
+            self.profile.start()
+        elif self.done == self.end:
+            self.write()
+
+    def write(self):
+        self.profile.stop()
+        self.profile.export_chrome_trace(str(self.path))
+        print(f"steps {self.first} to {min(self.done, self.end) - 1}, traced in {self.path}: time by operation", flush=True)
+        print("\n".join(self.table(self.profile.key_averages())), flush=True)
+        self.profile = None
+
+    @staticmethod
+    def table(operations, rows=10):
+        """Lines: part of the time, of the GPU's if there is one, milliseconds, calls and name of the slowest."""
+        timer = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        slowest = sorted(operations, key=lambda operation: -getattr(operation, timer))
+        total = sum(getattr(operation, timer) for operation in operations)
+        for operation in slowest[:rows]:
+            time = getattr(operation, timer)  # microseconds
+            yield f"  {time / total:6.1%} {time / 1e3:10.1f} ms {operation.count:7} x  {operation.key}"
+
+    def on_end(self, state):
+        if self.profile is not None:
+            self.write()
+        elif self.done < self.first:
+            print(f"--profile_steps {self.first}:{self.end}: nothing traced, there were {self.done} steps", flush=True)
 
 
 class Checkpointer(Hook):
     """A checkpoint every save_ckpt_freq epochs, after the last one, and every save_ckpt_steps steps within an epoch.
 
-    And one after each epoch that evaluated best: checkpoint-best.pth, or checkpoint-best-ema.pth by averaged weights.
+    And one after each epoch that was the best by args.watch: checkpoint-best.pth, or checkpoint-best-ema.pth by
+    averaged weights, with encoder-best.pth or encoder-best-ema.pth, the bare weights of the backbone.
     """
 
     everywhere = True  # reading the losses takes all processes
@@ -608,11 +608,9 @@ class Checkpointer(Hook):
             self.save(state, step=state.step)
 
     def on_epoch_end(self, state):
-        for what in state.evaluations:
-            if state.best[what][1] == state.epoch:
-                self.save(state, name="best" + what.replace("_", "-"))
-        done = state.epoch + 1
-        if done % state.args.save_ckpt_freq == 0 or done == state.args.epochs:
+        for name in filter(state.is_best, state.watched()):
+            self.save(state, name="best-ema" if name.endswith("_ema") else "best")
+        if (state.epoch + 1) % state.args.save_ckpt_freq == 0 or state.ends_before(state.epoch + 1):
             self.save(state)
 
     def save(self, state, last=False, **which):
@@ -626,7 +624,7 @@ class Checkpointer(Hook):
                 f"weights are not finite after step {state.step} of epoch {state.epoch}: stopped. "
                 "The last checkpoint is from before. A lower --blr or --amp_dtype bfloat16 may help"
             )
-        if last or not which and state.epoch + 1 == state.args.epochs:
+        if last or not which and state.ends_before(state.epoch + 1):
             return utils.on_main_process(lambda: self.write_last(state, which))
         try:
             self.write(state, which)
@@ -641,7 +639,15 @@ class Checkpointer(Hook):
         if self.written != now:
             run = (state.args, state.epoch, None, state.model, state.optimizer, state.scaler, state.model_ema)
             utils.save_model(*run, **which, **state.progress())
+            if "name" in which:
+                self.write_encoder(state, which["name"])
             self.written = now
+
+    def write_encoder(self, state, name):
+        model = state.model_ema.module if name.endswith("ema") else state.model
+        weights, _ = split_decoder(model.state_dict())
+        encoder = {key: value for key, value in weights.items() if not key.startswith(("norm.", "head."))}
+        utils.save_whole(Path(state.args.output_dir) / f"encoder-{name}.pth", {"model": encoder})
 
     def write_last(self, state, which):
         try:
@@ -685,8 +691,8 @@ class StopOnSignal(Hook):
             self.stop_if_asked(state, step=state.step)
 
     def on_evaluate(self, state):
-        """An evaluation that was given up leaves nothing: it is made anew after the end of the stop."""
-        if not state.evaluations:
+        """What was given up leaves nothing: it is made anew when the run goes on."""
+        if state.given_up:
             self.stop_if_asked(state, step=state.step)
 
     def on_epoch_end(self, state):

@@ -14,17 +14,20 @@ import torch
 
 import datasets
 import hooks
+import optim_factory
 from engine_pretrain import train_one_epoch
 from models import fcmae
+from models.checkpoints import resume
 from models.convnextv2 import SIZES
-from optim_factory import get_parameter_groups
+from models.utils import describe
+from tools import probe
 from utils import UserError, log
 
 
 def get_args_parser():
     parser = utils.FlagParser(add_help=False)
-
-    utils.add_shared_args(parser, SIZES, epochs=800, warmup_epochs=40, blr=1.5e-4, min_lr=0.0)
+    optim_factory.add_schedule_args(parser, epochs=800, warmup_epochs=40, blr=1.5e-4, min_lr=0.0)
+    utils.add_model_args(parser, SIZES)
 
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask_ratio", default=0.6, type=float, help="part of the patches that is removed")
@@ -55,10 +58,23 @@ def get_args_parser():
     )
     group.add_argument("--hflip", default=0.5, type=float, help="part of the images that is mirrored")
 
-    group = parser.add_argument_group("pictures")
+    group = parser.add_argument_group("pictures and probes")
     group.add_argument(
         "--picture_freq", default=10, type=int, help="epochs between pictures of reconstructions; 0: none"
     )
+    group.add_argument(
+        "--probe_freq", default=0, type=int, help="epochs between probes of the frozen features by labels; 0: none"
+    )
+    group.add_argument(
+        "--probe_data_path",
+        default="DIGITS",
+        metavar="FOLDER",
+        help="the labelled images for it: train/ and val/ of class folders; DIGITS: scikit-learn's",
+    )
+
+    datasets.add_loader_args(parser)
+    utils.add_machine_args(parser)
+    hooks.add_output_args(parser, watched="no best one")
     return parser
 
 
@@ -72,17 +88,19 @@ def check_args(args):
             f"--mask_ratio {args.mask_ratio}: must be between 0 and 1, and leave and remove at least one "
             f"of the {args.num_patches} patches"
         )
-    utils.check_shared_args(args)
+    utils.check_machine_args(args)
+    optim_factory.check_schedule_args(args)
+    datasets.check_loader_args(args)
+    hooks.check_output_args(args, metrics=["train_loss", *(probe.METRICS if args.probe_freq else [])])
     utils.check_least(args, 1, "decoder_embed_dim")
-    utils.check_least(args, 0, "decoder_depth picture_freq")
+    utils.check_least(args, 0, "decoder_depth picture_freq probe_freq")
+    utils.check_part(args, "hflip")
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: must be above 0, at most 1, the smaller first")
-    if not 0 <= args.hflip <= 1:
-        raise UserError(f"--hflip {args.hflip}: must be from 0 to 1")
     if args.data_set == "image_folder" and not args.data_path:
         raise UserError("--data_path: give a folder of images, or --data_set DIGITS")
-    if args.data_set == "DIGITS" and args.in_chans not in datasets.COLOUR_MODES:
-        raise UserError(f"--in_chans {args.in_chans}: must be one of {list(datasets.COLOUR_MODES)} for DIGITS")
+    if args.data_set == "DIGITS" or args.probe_freq and args.probe_data_path == "DIGITS":
+        datasets.check_colour_mode(args, "DIGITS")
 
 
 def build_model(args):
@@ -103,9 +121,8 @@ def build_model(args):
 
 # What decides a run's numbers: a resumed run says if it changed.
 RUN_FLAGS = (
-    "epochs warmup_epochs seed mask_ratio norm_pix_loss lr min_lr weight_decay weight_decay_end clip_grad "
-    "data_set data_path scale hflip input_size use_amp amp_dtype effective_batch_size num_images"
-).split()
+    "mask_ratio norm_pix_loss data_set data_path scale hflip input_size use_amp amp_dtype num_images"
+).split() + optim_factory.SCHEDULE_FLAGS
 
 
 def build_hooks(args, dataset):
@@ -116,13 +133,17 @@ def build_hooks(args, dataset):
         observers.append(hooks.TensorBoard(args.log_dir or args.output_dir))
     if args.output_dir and args.picture_freq:
         observers.append(hooks.Reconstructions(dataset, args.output_dir, args.picture_freq))
+    if args.profile_steps:
+        observers.append(hooks.Profiler(args.profile_steps, args.output_dir))
+    if args.probe_freq:
+        observers.append(probe.Probe(args))
     return hooks.Hooks(observers + hooks.saving_hooks(args))  # last: what they keep has been logged
 
 
 def main(args):
     check_args(args)
     utils.init_distributed_mode(args)
-    utils.complete_lr(args)
+    optim_factory.complete_lr(args)
     utils.prepare_output(args)
 
     # data
@@ -135,32 +156,30 @@ def main(args):
     # model and optimizer
     torch.manual_seed(args.seed)
     model = build_model(args).to(args.device)
-    optimizer = torch.optim.AdamW(get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
-    scaler = torch.amp.GradScaler(args.device.partition(":")[0], enabled=args.use_amp and args.amp_dtype == "float16")
+    optimizer = torch.optim.AdamW(
+        optim_factory.get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95)
+    )
+    scaler = utils.loss_scaler(args)
     state = hooks.RunState(args, model, optimizer, scaler, sampler, images)
-    hooks.resume(state, RUN_FLAGS)
-    if args.compile:
-        model = torch.compile(model)
-    if args.distributed:
-        model = torch.nn.parallel.DistributedDataParallel(model)
+    resume(state, RUN_FLAGS)
+    model = utils.for_device(model, args)
 
     # configuration
     utils.log_args(args)
-    log(
-        f"{args.model}: {state.n_parameters / 1e6:.1f} M parameters with the decoder; {len(images)} images, "
-        f"{sampler.steps_per_epoch} steps of {args.effective_batch_size} an epoch; learning rate up to {args.lr:.2e}; "
-        f"{loader.num_workers} loader workers"
-    )
+    log(f"{args.model}, with the decoder: {describe(build_model, args)}")
+    log(datasets.describe(loader, args))
 
     # training
-    if state.epoch >= args.epochs:
+    if state.ends_before(state.epoch):
         return log(f"nothing left to do: {state.epoch} of {args.epochs} epochs are done")
     observers = build_hooks(args, dataset)
     observers("on_start", state)
-    while state.epoch < args.epochs:
+    while not state.ends_before(state.epoch):
         sampler.set_position(state.epoch, state.step)
         observers("on_epoch_start", state)
         train_one_epoch(model, loader, optimizer, scaler, state, observers, args)
+        observers("on_evaluate", state)
+        state.sum_up()
         observers("on_epoch_end", state)
         state.end_epoch()
     observers("on_end", state)

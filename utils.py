@@ -1,14 +1,16 @@
-"""What every script needs: flags and errors, distributed set-up, seeds, the learning rate, checkpoints.
+"""What every script needs: errors, flags, distributed set-up, seeds, checkpoints.
 
 An output folder:
 
     output_dir/
         checkpoint-9.pth        epoch 9 is done; the --save_ckpt_num newest are kept
         checkpoint-10-400.pth   400 optimizer steps of epoch 10 are done (--save_ckpt_steps); as many are kept
-        checkpoint-best.pth     of the epoch with the best accuracy (fine-tuning); -best-ema for the averaged weights
+        checkpoint-best.pth     of the epoch that was the best by --watch; -best-ema for the averaged weights
+        encoder-best.pth        its backbone's bare weights; -best-ema likewise
         log.txt                 one JSON object an epoch
         run.lock                keeps a second run out while one writes
         events.out.tfevents.*   TensorBoard
+        profile-10-20.pt.trace.json.gz (--profile_steps 10:20)
         reconstruction-0009.png (pre-training)
         confusion.png, confusion.csv, per_class.csv (fine-tuning, evaluation)
 """
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -133,12 +136,23 @@ def run_main(main, args, name):
     except Stopped as stopped:
         queue_again(stopped)
         sys.exit(STOPPED if stopped.saved else 128 + stopped.signum)
-    except Exception:
+    except Exception as error:
         if get_world_size() > 1:
             print(f"process {get_rank()} of {get_world_size()}, on {socket.gethostname()}, failed:", file=sys.stderr)
+        let_go_of_loaders(error)
         raise
     finally:
         release_locks()
+
+
+def let_go_of_loaders(error):
+    """End the loader workers that the frames of a traceback hold.
+
+    They ignore SIGTERM, with which Python would end them at exit, to wait for them then for ever.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def queue_again(stopped):
@@ -178,43 +192,27 @@ def log(*words):
         print(*words, flush=True)
 
 
-# ---------------------------------------------------------------- flags that pre-training and fine-tuning share
+# ---------------------------------------------------------------- flags of model and machine
 
 
-def add_shared_args(parser, models, epochs, warmup_epochs, blr, min_lr):
-    """The flags of both scripts, with the names of the models and the defaults in which they differ."""
-    add_schedule_args(parser, epochs, warmup_epochs, blr, min_lr)
-    add_model_args(parser, models)
-    add_machine_args(parser)
-    add_output_args(parser)
-    add_distributed_args(parser)
+def check_least(args, least, names):
+    """Raise UserError if one of these flags is given and not a finite number from `least` on."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name} {value}: must be at least {least}")
 
 
-def add_schedule_args(parser, epochs, warmup_epochs, blr, min_lr):
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", default=64, type=int, help="images per process and forward pass")
-    group.add_argument("--epochs", default=epochs, type=int, help="passes over the images")
-    group.add_argument(
-        "--warmup_epochs", default=warmup_epochs, type=int, help="epochs over which the rate rises linearly from 0"
-    )
-    group.add_argument(
-        "--update_freq", default=1, type=int, help="forward passes per optimizer step, to accumulate their gradients"
-    )
-    group.add_argument(
-        "--lr", default=None, type=float, help="peak learning rate; None: blr x effective batch size / 256"
-    )
-    group.add_argument("--blr", default=blr, type=float, help="base learning rate, per 256 images")
-    group.add_argument("--min_lr", default=min_lr, type=float, help="learning rate at the end")
-    group.add_argument("--weight_decay", default=0.05, type=float, help="none on norms, biases, GRN, mask token")
-    group.add_argument(
-        "--weight_decay_end", default=None, type=float, help="at the end, along a cosine; None: constant"
-    )
-    group.add_argument("--clip_grad", default=None, type=float, help="largest norm of the gradients; None: any")
-    group.add_argument("--seed", default=0, type=int, help="decides weights and all that is drawn at random")
-    group.add_argument("--start_epoch", default=0, type=int, help="first epoch, counted from 0, of a new run")
+def check_part(args, names, one=True):
+    """Raise UserError unless these flags are parts: from 0 to 1, or to below 1."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not 0 <= value <= 1 or value == 1 and not one:
+            raise UserError(f"--{name} {value}: must be from 0 to {'1' if one else 'below 1'}")
 
 
 def add_model_args(parser, models):
+    """models: names to choose from."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default="convnextv2_base", choices=list(models), metavar="NAME", help=f"one of {', '.join(models)}"
@@ -233,37 +231,23 @@ def add_model_args(parser, models):
     )
 
 
-def add_machine_args(parser):
-    group = parser.add_argument_group("loader")
-    group.add_argument("--num_workers", default=10, type=int, help="loader processes, at most one a core; 0: none")
-    group.add_argument("--pin_mem", default=True, type=str2bool, help="page-locked batches, faster to copy to a GPU")
-    group.add_argument("--max_bad_images", default=100, type=int, help="more unreadable images than this stop the run")
+def image_size(args, least, multiple_of=1, flag="input_size"):
+    """The flag as (height, width), or UserError."""
+    given = getattr(args, flag)
+    sizes = [given] if isinstance(given, int) else given
+    if len(sizes) > 2 or any(size < least or size % multiple_of for size in sizes):
+        what = f"multiples of {multiple_of} (8 x --stem_stride)" if multiple_of > 1 else f"numbers from {least} on"
+        raise UserError(f"--{flag} {' '.join(map(str, sizes))}: must be one or two {what}")
+    return sizes[0], sizes[-1]
 
+
+def add_machine_args(parser):
     group = parser.add_argument_group("speed")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     group.add_argument("--use_amp", default=False, type=str2bool, help="automatic mixed precision")
     group.add_argument("--amp_dtype", default="bfloat16", choices=tuple(AMP_DTYPES), help="its type")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
 
-
-def add_output_args(parser):
-    group = parser.add_argument_group("checkpoints and logs")
-    group.add_argument("--output_dir", default="", metavar="FOLDER", help="for all that is written; empty: nothing is")
-    group.add_argument("--log_dir", default=None, metavar="FOLDER", help="for TensorBoard; None: the output folder")
-    group.add_argument("--save_ckpt", default=True, type=str2bool, help="write checkpoints")
-    group.add_argument("--save_ckpt_freq", default=1, type=int, help="epochs between checkpoints")
-    group.add_argument("--save_ckpt_steps", default=0, type=int, help="steps between those within an epoch; 0: none")
-    group.add_argument("--save_ckpt_num", default=3, type=int, help="checkpoints kept, of each of the two kinds")
-    group.add_argument(
-        "--auto_resume", default=True, type=str2bool, help="go on from the newest checkpoint in the output folder"
-    )
-    group.add_argument(
-        "--resume", default="", metavar="FILE", help="checkpoint to start from where the output folder has none"
-    )
-    group.add_argument("--print_freq", default=20, type=int, help="steps between log lines")
-
-
-def add_distributed_args(parser):
     group = parser.add_argument_group("distributed (torchrun and other launchers set these)")
     group.add_argument("--world_size", default=1, type=int, help="number of processes")
     group.add_argument(
@@ -279,55 +263,33 @@ def add_distributed_args(parser):
     )
 
 
-def check_shared_args(args):
-    """Raise UserError for values that cannot work, before anything is loaded."""
-    check_least(args, 1, "batch_size epochs update_freq in_chans save_ckpt_freq save_ckpt_num print_freq dist_timeout")
-    check_least(args, 0, "warmup_epochs seed start_epoch num_workers max_bad_images save_ckpt_steps")
-    for name in ("lr", "blr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise UserError(f"--{name} {value}: must be a number from 0 on")
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed}: must be less than 2 ** 63")
-    if args.start_epoch >= args.epochs:
-        raise UserError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
-    check_device(args.device)
-
-
-def check_least(args, least, names):
-    for name in names.split():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
-
-
-def image_size(args, least, multiple_of=1):
-    """--input_size as (height, width), or UserError."""
-    sizes = [args.input_size] if isinstance(args.input_size, int) else args.input_size
-    if len(sizes) > 2 or any(size < least or size % multiple_of for size in sizes):
-        what = f"multiples of {multiple_of} (8 x --stem_stride)" if multiple_of > 1 else f"numbers from {least} on"
-        raise UserError(f"--input_size {' '.join(map(str, sizes))}: must be one or two {what}")
-    return sizes[0], sizes[-1]
-
-
-def check_device(name):
+def check_machine_args(args):
+    """Raise UserError for a device that is not there."""
+    check_least(args, 1, "in_chans dist_timeout")
     try:
-        device = torch.device(name)
+        device = torch.device(args.device)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: must be cpu, cuda or cuda:N")
+        raise UserError(f"--device {args.device}: must be cpu, cuda or cuda:N")
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UserError(f"--device {name}: {gpus or 'no'} CUDA GPU is visible; --device cpu works")
+        raise UserError(f"--device {args.device}: {gpus or 'no'} CUDA GPU is visible; --device cpu works")
 
 
-def complete_lr(args):
-    """Set args.effective_batch_size and, if no rate is given, args.lr from args.blr. For after distributed set-up."""
-    args.effective_batch_size = args.batch_size * args.update_freq * get_world_size()
-    if args.lr is None:
-        args.lr = args.blr * args.effective_batch_size / 256
-    if args.min_lr > args.lr:
-        raise UserError(f"--min_lr {args.min_lr}: must not be more than the peak learning rate {args.lr:g}")
+def for_device(model, args):
+    """The model as it is trained: compiled, if args.compile, and its gradients averaged over processes, if several."""
+    if args.compile:
+        model = torch.compile(model)
+    return torch.nn.parallel.DistributedDataParallel(model) if args.distributed else model
+
+
+def loss_scaler(args):
+    """What keeps float16 gradients in range; for the other types it does nothing."""
+    return torch.amp.GradScaler(torch.device(args.device).type, enabled=args.use_amp and args.amp_dtype == "float16")
+
+
+# ---------------------------------------------------------------- the output folder
 
 
 def prepare_output(args):
@@ -530,24 +492,26 @@ def on_all_processes(work):
 
 
 def on_main_process(work):
-    """Call work() on the main process alone, and return its result there. If it fails, all raise the same error."""
-    result, error = None, [None]
+    """Call work() on the main process alone: all return its result. If it fails, all raise the same error."""
+    outcome = [None, None]  # result, error
     if is_main_process():
         try:
-            result = work()
+            outcome = [work(), None]
         except (UserError, TrainingError) as caught:
-            error = [caught]
+            outcome = [None, caught]
     if dist.is_initialized():
-        dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
+        dist.broadcast_object_list(outcome)
+    result, error = outcome
+    if error is not None:
+        raise error
     return result
 
 
 def main_process_first(work):
     """Call work() on the main process, then on the others. If it fails there, all raise the same error."""
-    result = on_main_process(work)
-    return result if is_main_process() else work()
+    results = []
+    on_main_process(lambda: results.append(work()))  # None is what travels
+    return results[0] if results else work()
 
 
 # ---------------------------------------------------------------- randomness, a function of its key
@@ -566,35 +530,67 @@ def set_seed(*key):
     random.seed(seed)
 
 
-# ---------------------------------------------------------------- learning rate
+# ---------------------------------------------------------------- meters
 
 
-def adjust_learning_rate(optimizer, epoch, args):
-    """Set and return the learning rate at a point in training: linear warm-up, then half a cosine down to args.min_lr.
+class Evaluation:
+    """What a model made of every image of a data set that could be read, in the order of the set.
 
-    epoch: epochs done, with a fraction. Parameter groups with an `lr_scale` get that part of it.
+    loss: mean cross-entropy. targets (n,): true classes. top (n, K): likeliest classes, the likeliest first.
+    topk: for which k accuracies, precisions and recalls are told; more than there are classes count as all.
+    unreadable: names of the images left out.
     """
-    if epoch < args.warmup_epochs:
-        lr = args.lr * epoch / args.warmup_epochs
-    else:
-        lr = half_cosine(args.lr, args.min_lr, (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs))
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    return lr
 
+    def __init__(self, loss, targets, top, num_classes, topk=(1, 5), unreadable=()):
+        self.loss, self.targets, self.top, self.unreadable = loss, targets, top, unreadable
+        self.num_classes, self.topk = num_classes, topk
 
-def adjust_weight_decay(optimizer, epoch, args):
-    """Set and return the weight decay, half a cosine to args.weight_decay_end over all epochs, of groups that decay."""
-    weight_decay = half_cosine(args.weight_decay, args.weight_decay_end, epoch / args.epochs)
-    for group in optimizer.param_groups:
-        if group["decays"]:
-            group["weight_decay"] = weight_decay
-    return weight_decay
+    @staticmethod
+    def metric_names(topk):
+        return ["loss", *(f"{meter}{k}" for k in topk for meter in ("acc", "precision", "recall"))]
 
+    def accuracy(self, k):
+        """Per cent of the images whose class is among the k likeliest."""
+        return 100 * (self.top[:, :k] == self.targets[:, None]).any(1).double().mean().item()
 
-def half_cosine(start, end, progress):
-    """From start at progress 0 to end at 1."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    def metrics(self):
+        """By name: loss, and for each k the accuracy and the means over classes of precision and recall, in per cent.
+
+        A class that is never predicted counts with precision 0; one without images is left out of both means.
+        """
+        columns = self.per_class()
+        present = columns["images"] > 0
+        accuracies = {f"acc{k}": self.accuracy(k) for k in self.topk}
+        means = {
+            name: 100 * column[present].nan_to_num().mean().item()
+            for name, column in columns.items()
+            if name != "images"
+        }
+        return {"loss": self.loss} | accuracies | means
+
+    def per_class(self):
+        """By name, for each class (C,): images, and precision and recall at each k; nan where nothing is divided by.
+
+        At k a class is predicted where it is among the k likeliest.
+        """
+        images = self.targets.bincount(minlength=self.num_classes)
+        columns = {"images": images}
+        for k in self.topk:
+            top = self.top[:, :k]
+            predicted = top.flatten().bincount(minlength=self.num_classes)
+            right = self.targets[(top == self.targets[:, None]).any(1)].bincount(minlength=self.num_classes)
+            columns |= {f"precision{k}": right.double() / predicted, f"recall{k}": right.double() / images}
+        return columns
+
+    def confusion(self):
+        """(C, C) counts: row the true class, column the likeliest one."""
+        pairs = self.targets * self.num_classes + self.top[:, 0]
+        return pairs.bincount(minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
+
+    def __str__(self):
+        top = "  ".join(f"top-{k} {self.accuracy(k):.2f} %" for k in self.topk)
+        left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
+        return f"{top}  loss {self.loss:.4f}  ({len(self.targets)} images{left_out})"
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -632,7 +628,7 @@ def save_whole(path, content):
 def remove_half_written(folder):
     """Remove what a process that was killed within `write_whole` has left."""
     if is_main_process():
-        for name in ("checkpoint-*.pth", "log.txt"):
+        for name in ("checkpoint-*.pth", "encoder-*.pth", "log.txt"):
             for path in Path(folder).glob(f".{name}-*.tmp"):
                 path.unlink(missing_ok=True)
 

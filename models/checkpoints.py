@@ -1,4 +1,4 @@
-"""Weights under the names and shapes of other programs, and how they come into a model of this project.
+"""Weights under the names and shapes of other programs, how they come into a model, and how a run goes on.
 
 What is read, told apart by the names alone:
 
@@ -11,8 +11,9 @@ What is read, told apart by the names alone:
 import re
 
 import torch
+import torch.distributed as dist
 
-from utils import UserError
+from utils import UserError, load_checkpoint, log, newest_checkpoint, on_all_processes
 
 # This project's names and timm's; # stands for a number. The first that fits counts, in either direction.
 TIMM_NAMES = (
@@ -205,3 +206,105 @@ def network_config(state, prefix=""):
 
 def count_blocks(state, prefix):
     return sum(name.startswith(prefix) and name.endswith(".dwconv.weight") for name in state)
+
+
+# ---------------------------------------------------------------- going on
+
+
+def resume(state, run_flags):
+    """Stand where the run stopped, on all processes at the same step: see `go_on`."""
+    on_all_processes(lambda: go_on(state, run_flags))
+    if dist.is_initialized():
+        positions = [None] * dist.get_world_size()
+        dist.all_gather_object(positions, (state.epoch, state.step))
+        if len(set(positions)) > 1:
+            raise UserError(
+                f"--output_dir {state.args.output_dir}: the processes find other checkpoints there, "
+                f"of (epoch, step) {sorted(set(positions))}: it must be one folder for all machines"
+            )
+
+
+def go_on(state, run_flags):
+    """Go on from the newest whole checkpoint in the output folder, else start from --resume, else from nothing.
+
+    run_flags: names of what decides a run's numbers; what has changed is told, and refused where it cannot be.
+    """
+    args = state.args
+    checkpoint, path = newest_checkpoint(args.output_dir) if args.output_dir else (None, None)
+    if checkpoint is None and args.resume:
+        checkpoint, path = load_checkpoint(args.resume), args.resume
+    if checkpoint is None:
+        return
+    load_model_and_ema(state, checkpoint, path)
+    if checkpoint.get("format") is None:
+        return log(f"weights from {path}, which another program wrote: training starts at epoch {args.start_epoch}")
+    now = vars(args) | {"num_images": state.num_images}
+    try:
+        then = checkpoint["args"] | {"num_images": checkpoint["num_images"]}
+        refuse_what_cannot_change(state, checkpoint, then, now, path)
+        state.restore(checkpoint)
+    except KeyError as error:
+        raise UserError(f"{path}: a checkpoint without {error}: cannot be gone on from") from None
+    except ValueError as error:  # of the optimizer: other groups, as another layer decay makes
+        names = [name for name in ("layer_decay", "layer_decay_type") if then.get(name) != now.get(name)]
+        flags = " ".join(f"--{name} {then.get(name)}" for name in names)
+        raise UserError(f"{path}: saved with {flags or 'another optimizer'}; take the same: {error}") from None
+    for name in run_flags:
+        if then.get(name) != now[name]:
+            log(f"changed since {path}: {name} {then.get(name)} -> {now[name]}")
+    log(f"goes on from {path}: epoch {state.epoch}, step {state.step}")
+
+
+def load_model_and_ema(state, checkpoint, path):
+    """Load a checkpoint's weights, and the averaged ones, if they are kept; without any they start from the others."""
+    load_weights(state.model, get_weights(checkpoint, path), path)
+    if state.model_ema is None:
+        return
+    if "model_ema" in checkpoint:
+        load_weights(state.model_ema.module, remap_checkpoint_keys(checkpoint["model_ema"]), path)
+    else:
+        state.model_ema.set(state.model)
+        log(f"{path} holds no averaged weights: they start from the others")
+
+
+def refuse_what_cannot_change(state, checkpoint, then, now, path):
+    """Raise UserError for what would make nonsense of the optimizer's state or of the position in the epoch."""
+    if then.get("opt") != now.get("opt"):
+        raise UserError(f"{path}: saved with --opt {then.get('opt')}; can only go on with the same")
+    if checkpoint["class_names"] != state.class_names:
+        raise UserError(f"{path}: {other_classes(checkpoint['class_names'], state.class_names)}")
+    for name in ("effective_batch_size", "num_images"):
+        if checkpoint["step"] and then[name] != now[name]:
+            raise UserError(
+                f"{path}: saved within an epoch at {name.replace('_', ' ')} {then[name]}; "
+                f"can only go on with the same, not {now[name]}"
+            )
+
+
+def other_classes(then, now):
+    """What differs between the classes of a checkpoint and those of the data."""
+    then, now = (list(names or []) for names in (then, now))
+    if len(then) != len(now):
+        return f"has {len(then)} classes, the data {len(now)}"
+    name = next(i for i in range(len(now)) if then[i] != now[i])
+    return f"has other classes than the data: number {name} is {then[name]!r}, not {now[name]!r}"
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def weights_to_evaluate(args):
+    """args.resume, else the output folder's newest checkpoint: the checkpoint, its weights and its path.
+
+    The averaged weights with args.model_ema_eval. Raises UserError if there are none.
+    """
+    if args.resume:
+        checkpoint, path = load_checkpoint(args.resume), args.resume
+    else:
+        checkpoint, path = newest_checkpoint(args.output_dir) if args.output_dir else (None, None)
+    if checkpoint is None:
+        raise UserError("--eval true: give --resume FILE, or an --output_dir with checkpoints")
+    key = "model_ema" if args.model_ema_eval else args.model_key
+    if args.model_ema_eval and key not in checkpoint:
+        raise UserError(f"--model_ema_eval true: {path} holds no averaged weights, which --model_ema true keeps")
+    return checkpoint, get_weights(checkpoint, path, key, args.model_prefix), path

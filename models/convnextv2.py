@@ -4,11 +4,13 @@ Shapes: N images, C channels, H x W sites. Tensors are (N, C, H, W) outside and 
 """
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 
-from models.checkpoints import network_config
+from models.checkpoints import get_weights, load_backbone, network_config, split_decoder
 from models.utils import GRN, LayerNorm, depthwise_conv, init_weights
+from utils import UserError
 
 # Appendix A of the paper: blocks and channels of the four stages
 SIZES = {
@@ -109,15 +111,29 @@ class ConvNeXtV2(nn.Module):
             self.head.weight.mul_(head_init_scale)
             self.head.bias.mul_(head_init_scale)
 
-    def forward_features(self, x):
-        """(N, in_chans, H, W) -> pooled, normalised features (N, C)."""
+    def forward_trunk(self, x):
+        """(N, in_chans, H, W) -> features of the sites (N, C, h, w), h = H / total stride."""
         x = x.contiguous(memory_format=torch.channels_last)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
-        return self.norm(x.mean((2, 3)))
+        return x
 
-    def forward(self, x):
-        return self.head(self.forward_features(x))
+    def forward_features(self, x):
+        """(N, in_chans, H, W) -> pooled, normalised features (N, C)."""
+        return self.norm(self.forward_trunk(x).mean((2, 3)))
+
+    def forward(self, x, window=None):
+        """(N, in_chans, H, W) -> logits (N, num_classes).
+
+        window: (height, width) in sites. The head then sees each such window by itself, as it saw whole images of the
+        training's size, and its logits are averaged: the fully convolutional use of it, for larger images.
+        """
+        if window is None:
+            return self.head(self.forward_features(x))
+        x = self.forward_trunk(x)
+        window = [min(side, most) for side, most in zip(window, x.shape[2:], strict=True)]
+        x = F.avg_pool2d(x, window, stride=1)  # (N, C, windows down, windows across)
+        return self.head(self.norm(x.permute(0, 2, 3, 1))).mean((1, 2))
 
 
 def from_state_dict(state):
@@ -130,6 +146,20 @@ def from_state_dict(state):
     model = ConvNeXtV2(num_classes=len(state["head.weight"]), **network_config(state))
     model.load_state_dict(state)
     return model
+
+
+def from_checkpoint(checkpoint, path, model_key="model|module"):
+    """The network of a checkpoint of any known form and size, and what was loaded: see `load_backbone`.
+
+    Norm and head are as they start where the file has none. Raises UserError if it holds no ConvNeXt V2.
+    """
+    state, _ = split_decoder(get_weights(checkpoint, path, model_key))
+    try:
+        config = network_config(state)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: accepted is a ConvNeXt V2") from None
+    model = ConvNeXtV2(num_classes=len(state.get("head.weight", [0])), **config)
+    return model, load_backbone(model, state, path)
 
 
 def convnextv2_atto(**kwargs):

@@ -1,8 +1,13 @@
-"""Layers that the dense and the sparse ConvNeXt V2 share."""
+"""Layers that the dense and the sparse ConvNeXt V2 share, and what a model costs."""
+
+from argparse import Namespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class LayerNorm(nn.LayerNorm):
@@ -158,3 +163,42 @@ def init_weights(module):
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+class Cost(NamedTuple):
+    """What a model takes for a batch."""
+
+    parameters: int
+    multiply_adds: int  # of the forward pass; what papers call FLOPs
+    activations: int  # bytes that the forward pass keeps for the backward, in float32
+
+    def __str__(self):
+        return (
+            f"{self.parameters / 1e6:.1f} M parameters, {self.multiply_adds / 1e9:.3g} G multiply-adds, "
+            f"{self.activations / 2**20:.0f} MiB of activations"
+        )
+
+
+def cost(build, shape):
+    """The `Cost` of build() -> model for images of this shape (N, C, H, W). Nothing is computed: tensors are empty."""
+    with torch.device("meta"):
+        model, imgs = build(), torch.empty(shape)
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda x: x):
+        outputs = model(imgs)  # noqa: F841  (held, so that no storage is freed and counted under another's address)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, counter.get_total_flops() // 2, sum(kept.values()))
+
+
+def describe(build_model, args):
+    """What build_model(args) costs for one image, in words; MinkowskiEngine's encoder counts as ours, its equal."""
+    packed = Namespace(**vars(args) | {"sparse_backend": "packed"})
+    height, width = args.input_size
+    return f"{cost(lambda: build_model(packed), (1, args.in_chans, height, width))} an image of {height} x {width}"

@@ -10,9 +10,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 import utils
 from datasets import read_files
-from hooks import reconstruct
 from models.checkpoints import get_weights
 from models.fcmae import from_state_dict
+from tools.pictures import reconstruct
 from utils import UserError
 
 
