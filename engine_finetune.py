@@ -44,7 +44,8 @@ def evaluate(model, loader, args, give_up=lambda: False):
     if collected is None:
         return None
     rows, targets, unreadable = collected
-    return Evaluation(rows[:, 0].mean().item(), targets, rows[:, 1:].long(), args.num_classes, args.topk, unreadable)
+    num_classes = model.head.out_features
+    return Evaluation(rows[:, 0].mean().item(), targets, rows[:, 1:].long(), num_classes, args.topk, unreadable)
 
 
 @torch.no_grad()

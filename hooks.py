@@ -570,7 +570,10 @@ class Profiler(Hook):
     def write(self):
         self.profile.stop()
         self.profile.export_chrome_trace(str(self.path))
-        print(f"steps {self.first} to {min(self.done, self.end) - 1}, traced in {self.path}: time by operation", flush=True)
+        print(
+            f"steps {self.first} to {min(self.done, self.end) - 1}, traced in {self.path}: time by operation",
+            flush=True,
+        )
         print("\n".join(self.table(self.profile.key_averages())), flush=True)
         self.profile = None
 

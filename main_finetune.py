@@ -83,6 +83,7 @@ def check_args(args):
     if args.eval_size is not None:
         args.eval_size = utils.image_size(args, least=unit, flag="eval_size")
         args.pool_window = [side // unit for side in args.input_size]
+    utils.check_least(args, 1, "in_chans")
     utils.check_machine_args(args)
     optim_factory.check_schedule_args(args)
     optim_factory.check_optimizer_args(args)

@@ -88,6 +88,7 @@ def check_args(args):
             f"--mask_ratio {args.mask_ratio}: must be between 0 and 1, and leave and remove at least one "
             f"of the {args.num_patches} patches"
         )
+    utils.check_least(args, 1, "in_chans")
     utils.check_machine_args(args)
     optim_factory.check_schedule_args(args)
     datasets.check_loader_args(args)

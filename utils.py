@@ -264,8 +264,12 @@ def add_machine_args(parser):
 
 
 def check_machine_args(args):
-    """Raise UserError for a device that is not there."""
-    check_least(args, 1, "in_chans dist_timeout")
+    """Raise UserError for values that cannot work."""
+    check_least(args, 1, "dist_timeout")
+    check_device(args)
+
+
+def check_device(args):
     try:
         device = torch.device(args.device)
     except RuntimeError:
@@ -547,7 +551,7 @@ class Evaluation:
 
     @staticmethod
     def metric_names(topk):
-        return ["loss", *(f"{meter}{k}" for k in topk for meter in ("acc", "precision", "recall"))]
+        return ["loss", *(f"acc{k}" for k in topk), *(f"{meter}{k}" for k in topk for meter in ("precision", "recall"))]
 
     def accuracy(self, k):
         """Per cent of the images whose class is among the k likeliest."""

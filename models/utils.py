@@ -175,7 +175,7 @@ class Cost(NamedTuple):
     def __str__(self):
         return (
             f"{self.parameters / 1e6:.1f} M parameters, {self.multiply_adds / 1e9:.3g} G multiply-adds, "
-            f"{self.activations / 2**20:.0f} MiB of activations"
+            f"{self.activations / 2**20:.0f} MiB of float32 activations"
         )
 
 

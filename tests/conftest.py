@@ -1,5 +1,6 @@
 """Shared by the tests: small images, and the script run in this process as from a command line."""
 
+import json
 import signal
 import socket
 import sys
@@ -125,6 +126,14 @@ def free_port():
 
 def weights(folder, name):
     return torch.load(folder / name, weights_only=True)["model"]
+
+
+def log_lines(folder):
+    """log.txt without the one number that is of the machine and not of the run."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return lines
 
 
 def assert_same_weights(a, b):

@@ -1,6 +1,5 @@
 """Several processes train as one, go on exactly, and end together when one of them dies."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, TINY, assert_same_weights, draw_images, free_port, weights
+from conftest import SMALL, TINY, assert_same_weights, draw_images, free_port, log_lines, weights
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +118,7 @@ def assert_close(run, other):
     way = max((a[name] - start[name]).abs().max() for name in a)
     apart = max((a[name] - b[name]).abs().max() for name in a)
     assert apart < way / 500, (apart, way)
-    logs = [[json.loads(line) for line in (folder / "log.txt").read_text().splitlines()] for folder in (run, other)]
+    logs = [log_lines(folder) for folder in (run, other)]
     assert len(logs[0]) == 2
     for one, two in zip(*logs, strict=True):
         assert one == pytest.approx(two, rel=1e-4)

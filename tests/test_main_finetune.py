@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import os
 import re
 import shlex
@@ -14,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same_weights, weights
+from conftest import TINY, assert_same_weights, log_lines, weights
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from timm.data import create_transform
 
 import hooks
 import main_finetune
 from datasets import LabelledBatch
 from models import convnextv2
-from optim_factory import get_num_layer_for_convnext_single, get_parameter_groups
-from utils import half_cosine
+from optim_factory import get_num_layer_for_convnext_single, get_parameter_groups, half_cosine
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["ant", "bee", "cat"]
@@ -88,10 +87,6 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def log_lines(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
 def table(path):
     """A CSV file's titles, names of the rows and values."""
     titles, *rows = csv.reader(path.read_text().splitlines())
@@ -121,8 +116,10 @@ def events(folder):
 
 def test_log_txt_has_losses_and_accuracies_of_both_models(finished):
     lines = log_lines(finished)
-    tested = {f"test_{name}{what}" for name in ("loss", "acc1", "acc5") for what in ("", "_ema")}
-    assert all(set(line) == {"train_loss", "train_lr", "epoch", "n_parameters"} | tested for line in lines)
+    meters = {"loss", *(f"{meter}{k}" for meter in ("acc", "precision", "recall") for k in (1, 5))}
+    tested = {f"test_{name}{what}" for name in meters for what in ("", "_ema")}
+    trained = {"train_loss", "train_lr", "epoch", "n_parameters"}
+    assert all(set(line) == trained | tested for line in lines)
     assert [line["epoch"] for line in lines] == [0, 1]
     n_parameters = sum(value.numel() for value in weights(finished, "checkpoint-1.pth").values())
     for line in lines:
@@ -137,13 +134,15 @@ def test_checkpoints_name_the_classes_and_the_best_epoch(finished):
         "checkpoint-1.pth",
         "checkpoint-best-ema.pth",
         "checkpoint-best.pth",
+        "encoder-best-ema.pth",
+        "encoder-best.pth",
     ]
     last = load(finished / "checkpoint-1.pth")
     assert last["class_names"] == CLASSES and last["epoch"] == 2 and last["step"] == 0
     for what, name in (("", "checkpoint-best.pth"), ("_ema", "checkpoint-best-ema.pth")):
         accuracies = [line[f"test_acc1{what}"] for line in log_lines(finished)]
         best = accuracies.index(max(accuracies))  # the first of equals
-        assert last["best"][what] == [accuracies[best], best]
+        assert last["best"][f"test_acc1{what}"] == [accuracies[best], best, 1 - best]
         assert load(finished / name)["epoch"] == best + 1
         assert_same_weights(weights(finished, name), weights(finished, f"checkpoint-{best}.pth"))
 
@@ -156,10 +155,10 @@ def test_reports_agree_with_scikit_learn(finished, labelled_folder):
         assert titles[1:] == names == CLASSES
         assert np.array_equal(counts, confusion_matrix(targets, predicted, labels=range(3)))
         titles, names, values = table(finished / f"per_class{what}.csv")
-        assert titles == ["class", "images", "precision", "recall"] and names == CLASSES
+        assert titles == "class images precision1 recall1 precision5 recall5".split() and names == CLASSES
         options = dict(labels=range(3), zero_division=np.nan)
         precision, recall, _, images = precision_recall_fscore_support(targets, predicted, **options)
-        np.testing.assert_allclose(values, np.stack([images, precision, recall], axis=1), atol=5e-5)
+        np.testing.assert_allclose(values[:, :3], np.stack([images, precision, recall], axis=1), atol=5e-5)
         assert log_lines(finished)[1][f"test_acc1{what}"] == pytest.approx(100 * counts.trace() / 7)
         assert Image.open(finished / f"confusion{what}.png").width > 3 * 24
 
@@ -176,7 +175,7 @@ def test_tensorboard_holds_accuracies_and_the_confusion(finished):
 
 def test_console_tells_the_evaluations(finished):
     out, lines = (finished / "stdout.txt").read_text(), log_lines(finished)
-    assert "3 classes; 22 images, 5 steps of 4 an epoch" in out
+    assert "convnextv2_atto, 3 classes: 3.4 M parameters" in out and "22 images, 5 steps of 4 an epoch" in out
     for line in lines:
         assert f"evaluation: top-1 {line['test_acc1']:.2f} %  top-5 100.00 %  loss {line['test_loss']:.4f}" in out
         assert f"averaged weights: top-1 {line['test_acc1_ema']:.2f} %" in out
@@ -230,11 +229,11 @@ def test_resume_is_exact_with_everything_on(everything, small, finetune, tmp_pat
 
 def test_the_best_accuracy_outlives_a_resume(finished, small, finetune, tmp_path):
     checkpoint = load(finished / "checkpoint-0.pth")
-    checkpoint["best"] = {"": [100.5, 0]}  # not to be beaten
+    checkpoint["best"] = {"test_acc1": [100.5, 0, 0]}  # not to be beaten
     torch.save(checkpoint, tmp_path / "checkpoint-0.pth")
     result = finetune(*small, "--output_dir", tmp_path)
-    assert "(best 100.50 %, epoch 0)" in result.out
-    assert load(tmp_path / "checkpoint-1.pth")["best"] == {"": [100.5, 0]}
+    assert "best test_acc1 so far: 100.5, epoch 0" in result.out
+    assert load(tmp_path / "checkpoint-1.pth")["best"] == {"test_acc1": [100.5, 0, 1]}
     assert not (tmp_path / "checkpoint-best.pth").exists()
 
 
@@ -295,6 +294,23 @@ def test_warmup_steps_are_optimizer_steps(steps, count):
     assert len(rates) == 10 and rates[count + 1] < 1e-3
 
 
+@pytest.mark.parametrize("flags", ["--sched step --decay_epochs 1", "--sched multistep --decay_milestones 1"])
+def test_rates_decay_at_the_epoch_that_is_told(steps, flags):
+    _, rates = steps(*flags.split(), *"--warmup_epochs 0 --decay_rate 0.5".split())
+    assert rates == pytest.approx(5 * [1e-3] + 5 * [5e-4])
+
+
+def test_binary_cross_entropy_is_that_of_every_class_by_itself():
+    parse = main_finetune.get_args_parser().parse_args
+    logits, targets = torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
+    for smoothing, low, high in ((0.0, 0.0, 1.0), (0.2, 0.04, 0.84)):
+        truth = torch.full((4, 5), low).scatter(1, targets[:, None], high)
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
+        criterion = main_finetune.build_loss(parse(["--loss", "bce", "--smoothing", str(smoothing)]))
+        assert criterion(logits, targets).item() == pytest.approx(expected.item())
+        assert criterion(logits, truth).item() == pytest.approx(expected.item())  # soft targets as they are
+
+
 def final(finetune, flags, folder):
     """The last checkpoint of a run."""
     result = finetune(*flags, "--output_dir", folder)
@@ -344,6 +360,11 @@ def output(process):
         ("--opt sgd", "--momentum 0.5"),
         ("", "--opt_betas 0.5 0.9"),
         ("", "--opt_eps 1e-3"),
+        ("", "--sched linear"),
+        ("--sched poly", "--poly_power 3"),
+        ("", "--loss bce"),
+        ("--loss bce", "--smoothing 0"),
+        ("--loss bce", "--mixup 0.8"),
         ("", "--smoothing 0"),
         ("", "--mixup 0.8"),
         ("", "--cutmix 1"),
@@ -453,9 +474,14 @@ def test_compile_device_and_precision_reach_the_model(small, narrow, finetune, m
         main_finetune, "ModelEmaV3", lambda *args, device: devices.append(device) or average(*args, device=device)
     )
     forward = convnextv2.ConvNeXtV2.forward
-    monkeypatch.setattr(
-        convnextv2.ConvNeXtV2, "forward", lambda *args: dtypes.add((logits := forward(*args)).dtype) or logits
-    )
+
+    def note_type(model, imgs, **kwargs):
+        logits = forward(model, imgs, **kwargs)
+        if not imgs.is_meta:  # whose cost is counted
+            dtypes.add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(convnextv2.ConvNeXtV2, "forward", note_type)
     ema = "--model_ema true --model_ema_eval true --model_ema_force_cpu true".split()
     result = finetune(*small, *ema, *"--epochs 1 --use_amp true --amp_dtype float16 --compile".split())
     assert result.status == 0 and len(compiled) == 1 and dtypes == {torch.float16} and devices == ["cpu"]
@@ -571,7 +597,7 @@ def test_eval_repeats_what_training_logged_without_its_images(
         checkpoint = finished / f"checkpoint-{epoch}.pth"
         result = finetune(*flags, "--resume", checkpoint, "--model_ema_eval", "true" if ema else "false")
         assert result.status == 0, result.err
-        assert evaluations[-1].acc1 == lines[epoch][f"test_acc1{ema}"]
+        assert evaluations[-1].accuracy(1) == lines[epoch][f"test_acc1{ema}"]
         assert evaluations[-1].loss == lines[epoch][f"test_loss{ema}"]
         title = "averaged weights" if ema else "evaluation"
         assert f"{title}: top-1 {lines[epoch][f'test_acc1{ema}']:.2f} %" in result.out and "best" not in result.out
@@ -609,6 +635,29 @@ def test_eval_honours_crop_and_statistics_and_drops_no_path(finished, small, fin
     assert len(set(losses)) == 3 and losses[3] == losses[0]
 
 
+def test_eval_size_and_topk(finished, small, finetune, labelled_folder, evaluations):
+    """Windows of 1 x 1 site, as training images of 32 pixels have, of 2 x 3."""
+    flags = [*small, "--eval", "true", "--resume", finished / "checkpoint-1.pth"]
+    for more in ("--eval_size 32", "--eval_size 64 96 --topk 2"):
+        assert finetune(*flags, *more.split()).status == 0
+    same, larger = evaluations
+    assert same.loss == pytest.approx(log_lines(finished)[1]["test_loss"], rel=1e-5)
+    assert larger.topk == [1, 2] and larger.top.shape == (7, 2)
+    model = convnextv2.from_state_dict(weights(finished, "checkpoint-1.pth")).eval()
+    imgs = []
+    for path in sorted(labelled_folder.glob("val/*/*.png")):  # 0.875 of 73 x 109 pixels is cut out
+        imgs.append(eval_transform((64, 96))(Image.open(path)))
+    with torch.no_grad():
+        logits = model.head(model.norm(model.forward_trunk(torch.stack(imgs)).permute(0, 2, 3, 1))).mean((1, 2))
+    expected = torch.nn.functional.cross_entropy(logits, larger.targets).item()
+    assert larger.loss == pytest.approx(expected, rel=1e-5)
+
+
+def eval_transform(size):
+    """timm's, at a size."""
+    return create_transform((3, *size), interpolation="bicubic", crop_pct=0.875)
+
+
 def test_evaluation_is_in_the_order_of_the_set(narrow):
     """However the loader, or the processes, divided it."""
     model = convnextv2.convnextv2_atto(num_classes=3)
@@ -616,11 +665,12 @@ def test_evaluation_is_in_the_order_of_the_set(narrow):
     parts = [torch.tensor(part) for part in ([3, 1], [4], [0, 2])]
     loader = [LabelledBatch(imgs[part], targets[part], part, []) for part in parts]
     args = main_finetune.get_args_parser().parse_args(["--device", "cpu"])
+    args.pool_window = None
     evaluation = main_finetune.evaluate(model, loader, args)
-    assert evaluation.targets.tolist() == targets.tolist() and evaluation.acc5 == 100
+    assert evaluation.targets.tolist() == targets.tolist() and evaluation.accuracy(5) == 100
     with torch.no_grad():
         logits = model.eval()(imgs)
-    assert evaluation.predictions.tolist() == logits.argmax(1).tolist()
+    assert evaluation.top[:, 0].tolist() == logits.argmax(1).tolist()
     assert evaluation.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
 
 

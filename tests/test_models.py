@@ -23,7 +23,7 @@ from models.checkpoints import remap_checkpoint_keys
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.convnextv2_sparse import SparseConvNeXtV2, count_visible
 from models.fcmae import FCMAE
-from models.utils import GRN, depthwise_conv
+from models.utils import GRN, cost, depthwise_conv
 from tools.dense_masked import DenseMasked
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
@@ -407,3 +407,52 @@ def test_images_of_part_of_a_patch_are_refused():
     encoder = FCMAE(img_size=64, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)).encoder
     with pytest.raises(ValueError, match="64 x 72: both sides must be multiples of 32"):
         encoder(torch.zeros(1, 3, 64, 72), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    "size, parameters, flops",
+    list(
+        zip(
+            convnextv2.SIZES,
+            ("3.7", "5.2", "9.1", "15.6", "28.6", "89", "198", "660"),
+            (0.55, 0.78, 1.37, 2.45, 4.47, 15.4, 34.4, 115),
+            strict=True,
+        )
+    ),
+)
+def test_costs_are_those_of_the_papers_table(size, parameters, flops):
+    """Parameters to the digits that it prints, FLOPs to 1 %."""
+    told = cost(convnextv2.__dict__[size], (1, 3, 224, 224))
+    digits = len(parameters.partition(".")[2])
+    assert f"{told.parameters / 1e6:.{digits}f}" == parameters
+    assert told.multiply_adds / 1e9 == pytest.approx(flops, rel=0.01)
+
+
+def test_cost_of_a_convolution_and_an_activation():
+    def build():
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, stride=4), torch.nn.GELU(), torch.nn.Flatten())
+
+    image, features = 3 * 12 * 20, 8 * 3 * 5  # what the gradients of the weight and of GELU need
+    assert cost(build, (2, 3, 12, 20)) == (8 * 48 + 8, 2 * features * 48, 2 * 4 * (image + features))
+
+
+def test_masking_saves_most_of_the_multiply_adds():
+    """Of an encoder, without its stem: all is done at 19 of 49 patches, but for the depthwise canvas."""
+    whole = cost(convnextv2.convnextv2_base, (1, 3, 224, 224))
+    masked = cost(lambda: fcmae.convnextv2_base(mask_ratio=0.6), (1, 3, 224, 224))
+    assert 19 / 49 < masked.multiply_adds / whole.multiply_adds < 0.45 and masked.activations < 0.5 * whole.activations
+
+
+@pytest.mark.parametrize("grid, window", [((3, 4), (2, 3)), ((2, 2), (2, 2)), ((2, 3), (4, 2))])
+def test_windows_average_the_logits_of_their_parts(grid, window):
+    model = randomise(convnextv2.ConvNeXtV2(3, 5, depths=(1, 1, 1, 1), dims=(4, 8, 8, 16))).double().eval()
+    imgs = torch.randn(2, 3, 32 * grid[0], 32 * grid[1], dtype=torch.float64)
+    window = [min(pair) for pair in zip(window, grid, strict=True)]
+    features = model.forward_trunk(imgs)
+    logits = []
+    for top in range(grid[0] - window[0] + 1):
+        for left in range(grid[1] - window[1] + 1):
+            part = features[:, :, top : top + window[0], left : left + window[1]]
+            logits.append(model.head(model.norm(part.flatten(2).mean(2))))
+    assert gap(model(imgs, window=window), torch.stack(logits).mean(0)) < 1e-12
+    assert gap(model(imgs, window=grid), model(imgs)) < 1e-12

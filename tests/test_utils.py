@@ -2,24 +2,74 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_score
 from timm.optim import create_optimizer_v2, list_optimizers
+from torch.optim import lr_scheduler as schedulers
 
+import main_finetune
 import utils
 from models import convnextv2
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from optim_factory import LayerDecayValueAssigner, create_optimizer, get_parameter_groups
+from optim_factory import LayerDecayValueAssigner, adjust_learning_rate, create_optimizer, get_parameter_groups
 
 
 def test_learning_rate_warms_up_linearly_and_falls_along_half_a_cosine():
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr_scale": 0.5}], lr=9.0)
-    args = argparse.Namespace(lr=1.0, min_lr=0.2, warmup_epochs=10, epochs=50)
+    args = argparse.Namespace(lr=1.0, min_lr=0.2, warmup_epochs=10, epochs=50, sched="cosine")
     by_hand = {0: 0.0, 2.5: 0.25, 10: 1.0, 20: 0.2 + 0.8 * 0.8535534, 30: 0.6, 50: 0.2}
     for epoch, lr in by_hand.items():
-        assert utils.adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr)
+        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr / 2])
+
+
+@pytest.mark.parametrize(
+    "flags, reference",
+    [
+        ("--sched cosine", lambda opt: schedulers.CosineAnnealingLR(opt, 12, eta_min=0.1)),
+        ("--sched linear", lambda opt: schedulers.LinearLR(opt, 1.0, 0.1, total_iters=12)),
+        ("--sched poly --poly_power 2 --min_lr 0", lambda opt: schedulers.PolynomialLR(opt, 12, power=2)),
+        ("--sched step --decay_epochs 5 --decay_rate 0.5", lambda opt: schedulers.StepLR(opt, 5, gamma=0.5)),
+        ("--sched multistep --decay_milestones 2 7", lambda opt: schedulers.MultiStepLR(opt, [2, 7], gamma=0.1)),
+        ("--sched constant", lambda opt: schedulers.ConstantLR(opt, factor=1.0)),
+    ],
+)
+def test_schedules_are_those_of_torch(flags, reference):
+    """And all begin with the same warm-up. Steps do not go below min_lr, where torch's have no such bound."""
+    args = main_finetune.get_args_parser().parse_args("--lr 1 --min_lr 0.1 --epochs 12 --warmup_epochs 0".split())
+    args = main_finetune.get_args_parser().parse_args(flags.split(), args)
+    optimizer, theirs = (torch.optim.SGD([torch.zeros(1)], lr=1.0) for _ in range(2))
+    scheduler = reference(theirs)
+    for epoch in range(12):
+        expected = max(theirs.param_groups[0]["lr"], args.min_lr)
+        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(expected)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        theirs.step()
+        scheduler.step()
+    args.warmup_epochs = 4
+    assert [adjust_learning_rate(optimizer, epoch, args) for epoch in (0, 1, 2.5)] == [0, 0.25, 0.625]
+
+
+def test_meters_agree_with_scikit_learn():
+    torch.manual_seed(0)
+    scores, targets = torch.randn(60, 7), torch.randint(6, (60,))  # the last class has no image
+    evaluation = utils.Evaluation(0.5, targets, scores.topk(3).indices, 7, topk=(1, 2, 3))
+    columns, metrics = evaluation.per_class(), evaluation.metrics()
+    assert columns["images"].tolist() == targets.bincount(minlength=7).tolist() and metrics["loss"] == 0.5
+    assert list(metrics) == utils.Evaluation.metric_names([1, 2, 3])
+    truth = torch.nn.functional.one_hot(targets, 7)
+    for k in (1, 2, 3):
+        guess = torch.zeros(60, 7).scatter(1, scores.topk(k).indices, 1)
+        precision, recall, *_ = precision_recall_fscore_support(truth, guess, zero_division=np.nan)
+        np.testing.assert_allclose(columns[f"precision{k}"], precision)
+        np.testing.assert_allclose(columns[f"recall{k}"], recall)
+        assert metrics[f"recall{k}"] == pytest.approx(100 * recall[:6].mean())
+        assert metrics[f"precision{k}"] == pytest.approx(100 * np.nan_to_num(precision[:6]).mean())
+        accuracy = top_k_accuracy_score(targets, scores, k=k, labels=range(7))
+        assert metrics[f"acc{k}"] == pytest.approx(100 * accuracy)
 
 
 def test_weights_decay_and_nothing_else():

@@ -14,8 +14,7 @@ import torch
 
 import utils
 from datasets import COLOUR_MODES, Digits, find_images, read_files
-from models.checkpoints import get_weights, load_backbone, network_config, split_decoder
-from models.convnextv2 import ConvNeXtV2
+from models.convnextv2 import from_checkpoint
 from models.utils import GRN
 from tools.figure import add_legend, add_names, check_figure, colours, make_figure, save_figure, short_names
 from tools.predict import build_eval_transform
@@ -113,18 +112,12 @@ def get_args_parser():
 def load_network(args, path):
     """The dense network of a checkpoint and the transform of its images. Raises UserError."""
     checkpoint = utils.load_checkpoint(path)
-    state, _ = split_decoder(get_weights(checkpoint, path, args.model_key))
-    try:
-        config = network_config(state)
-    except ValueError as error:
-        raise UserError(f"--checkpoint {path}: {error}: accepted is a ConvNeXt V2") from None
-    model = ConvNeXtV2(num_classes=len(state.get("head.weight", [0])), **config)
-    load_backbone(model, state, path)
+    model, _ = from_checkpoint(checkpoint, path, args.model_key)
+    stem = model.downsample_layers[0][0]
     trained = utils.training_flags(checkpoint)
-    stride = 8 * config["stem_stride"]
     size = args.input_size or trained.get("input_size", 224)
-    utils.image_size(Namespace(input_size=size), least=stride, multiple_of=stride)
-    return model.eval(), build_eval_transform(args, trained, config["in_chans"])
+    utils.image_size(Namespace(input_size=size), least=8 * stem.stride[0], multiple_of=8 * stem.stride[0])
+    return model.eval(), build_eval_transform(args, trained, stem.in_channels)
 
 
 def read_images(args, in_chans, transform):
@@ -185,7 +178,7 @@ def draw(curves):
 
 def main(args):
     utils.check_least(args, 1, "num_images")
-    utils.check_device(args.device)
+    utils.check_device(args)
     if args.output:
         check_figure(args.output)
         if Path(args.output).resolve() in [Path(image).resolve() for image in args.images or []]:

@@ -1,6 +1,7 @@
 """How good are frozen features? A k-nearest-neighbour and a linear classifier on them, without augmentation.
 
     python -m tools.probe --checkpoint OUTPUT/checkpoint-799.pth --data_path LABELLED
+    torchrun --nproc_per_node=8 -m tools.probe --checkpoint OUTPUT/checkpoint-799.pth --data_path IMAGENET
     python -m tools.probe --checkpoint OUTPUT/checkpoint-19.pth --data_path DIGITS
 
 A feature is the mean over all sites of the encoder's last stage, of the whole image. The classifiers are fitted on the
@@ -148,11 +149,12 @@ def main(args):
     args.in_chans = stem.in_channels
     args.input_size = args.input_size or utils.training_flags(checkpoint).get("input_size", 224)
     args.input_size = utils.image_size(args, least=8 * stem.stride[0])
-    loaders = build_loaders(args, args.data_path, args.images_per_class)
+    utils.init_distributed_mode(args)
+    loaders = utils.on_all_processes(lambda: build_loaders(args, args.data_path, args.images_per_class))
     accuracies = probe(model.to(args.device).eval().forward_trunk, loaders, args)
     counts = " and ".join(str(len(loader.dataset)) for loader in loaders)
-    print(f"{args.checkpoint}: k-nearest-neighbour {accuracies['probe_knn']:.2f} %", end="  ")
-    print(f"linear {accuracies['probe_linear']:.2f} %  ({counts} images)")
+    results = f"k-nearest-neighbour {accuracies['probe_knn']:.2f} %  linear {accuracies['probe_linear']:.2f} %"
+    utils.log(f"{args.checkpoint}: {results}  ({counts} images)")
 
 
 if __name__ == "__main__":
