@@ -13,7 +13,7 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 $(VENV)/ready-to-test: $(VENV)/ready
-	$(BIN)/pip install --quiet pytest ruff safetensors
+	$(BIN)/pip install --quiet pytest ruff safetensors matplotlib
 	touch $@
 
 PRETRAIN = $(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)

@@ -33,6 +33,7 @@ from utils import (
     derive_seed,
     get_rank,
     get_world_size,
+    image_size,
     main_process_first,
     on_all_processes,
     release_locks,
@@ -58,7 +59,7 @@ def check_loader_args(args):
 
 
 def add_labelled_args(parser):
-    """The flags of labelled images and of their augmentation."""
+    """The flags of labelled images, of their augmentation and of evaluation."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_set",
@@ -103,9 +104,36 @@ def add_labelled_args(parser):
     group.add_argument("--mixup_switch_prob", default=0.5, type=float, help="part of those by cutmix, if both are on")
     group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what is mixed alike")
 
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eval", default=False, type=str2bool, help="evaluate --resume or the output folder's newest, only"
+    )
+    group.add_argument("--disable_eval", default=False, type=str2bool, help="train without evaluation")
+    group.add_argument(
+        "--dist_eval", default=True, type=str2bool, help="divide the images; false: each process takes all"
+    )
+    group.add_argument(
+        "--eval_size",
+        default=None,
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side of the evaluated images, or height and width: logits of --input_size's windows are averaged",
+    )
+    group.add_argument("--topk", default=(1, 5), type=int, nargs="+", help="k of accuracies, precisions and recalls")
+
 
 def check_labelled_args(args):
     """Complete the flags, or raise UserError for those that cannot work."""
+    if args.eval and args.disable_eval:
+        raise UserError("--eval true and --disable_eval true: nothing to do")
+    if min(args.topk) < 1:
+        raise UserError(f"--topk {min(args.topk)}: must be at least 1")
+    args.topk = sorted({1, *args.topk})
+    unit, args.pool_window = 8 * args.stem_stride, None
+    if args.eval_size is not None:
+        args.eval_size = image_size(args, least=unit, flag="eval_size")
+        args.pool_window = [side // unit for side in args.input_size]
     check_least(args, 0, "images_per_class color_jitter mixup cutmix")
     check_least(args, 1, "recount")
     check_part(args, "hflip reprob mixup_prob mixup_switch_prob")

@@ -50,25 +50,6 @@ def get_args_parser():
 
     optim_factory.add_optimizer_args(parser)
     datasets.add_labelled_args(parser)
-
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
-        "--eval", default=False, type=str2bool, help="evaluate --resume or the output folder's newest, only"
-    )
-    group.add_argument("--disable_eval", default=False, type=str2bool, help="train without evaluation")
-    group.add_argument(
-        "--dist_eval", default=True, type=str2bool, help="divide the images; false: each process takes all"
-    )
-    group.add_argument(
-        "--eval_size",
-        default=None,
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="side of the evaluated images, or height and width: logits of --input_size's windows are averaged",
-    )
-    group.add_argument("--topk", default=(1, 5), type=int, nargs="+", help="k of accuracies, precisions and recalls")
-
     datasets.add_loader_args(parser)
     utils.add_machine_args(parser)
     hooks.add_output_args(parser, watched="test_acc1")
@@ -77,12 +58,7 @@ def get_args_parser():
 
 def check_args(args):
     """Complete the flags, or raise UserError for those that cannot work, before anything is loaded."""
-    unit = 8 * args.stem_stride
-    args.input_size = utils.image_size(args, least=unit)
-    args.pool_window = None
-    if args.eval_size is not None:
-        args.eval_size = utils.image_size(args, least=unit, flag="eval_size")
-        args.pool_window = [side // unit for side in args.input_size]
+    args.input_size = utils.image_size(args, least=8 * args.stem_stride)
     utils.check_least(args, 1, "in_chans")
     utils.check_machine_args(args)
     optim_factory.check_schedule_args(args)
@@ -92,13 +68,8 @@ def check_args(args):
     utils.check_least(args, 0, "head_init_scale")
     utils.check_part(args, "model_ema_decay")
     utils.check_part(args, "drop_path smoothing", one=False)
-    if args.eval and args.disable_eval:
-        raise UserError("--eval true and --disable_eval true: nothing to do")
     if args.model_ema_eval and not args.model_ema and not args.eval:
         raise UserError("--model_ema_eval true: there are no averaged weights without --model_ema true")
-    if min(args.topk) < 1:
-        raise UserError(f"--topk {min(args.topk)}: must be at least 1")
-    args.topk = sorted({1, *args.topk})
     if args.watch is None and not args.disable_eval:
         args.watch = "test_acc1"
     evaluated = [] if args.disable_eval else [f"test_{name}" for name in utils.Evaluation.metric_names(args.topk)]

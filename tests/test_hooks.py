@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,11 +108,11 @@ def test_nor_in_fine_tuning(labelled_folder, finetune, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- a hook of one's own
 
 
-class WeightNorm(hooks.Hook):
-    """As README shows it."""
-
-    def on_evaluate(self, state):
-        state.metrics["weight_norm"] = torch.nn.utils.get_total_norm(state.model.parameters()).item()
+def hook_of_the_readme():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names = {"hooks": hooks, "torch": torch}
+    exec(code, names)
+    return names["WeightNorm"]()
 
 
 def with_hook(monkeypatch, hook):
@@ -126,7 +127,7 @@ def with_hook(monkeypatch, hook):
 
 
 def test_what_a_hook_measures_is_logged_everywhere(small, pretrain, tmp_path, monkeypatch):
-    with_hook(monkeypatch, WeightNorm())
+    with_hook(monkeypatch, hook_of_the_readme())
     out = pretrain(*small, "--output_dir", tmp_path, "--picture_freq", 0).out
     norms = [line["weight_norm"] for line in log_lines(tmp_path)]
     final = torch.nn.utils.get_total_norm(weights(tmp_path, "checkpoint-1.pth").values()).item()

@@ -10,6 +10,7 @@ from conftest import SMALL, TINY, assert_same_weights, log_lines, weights
 import hooks
 import main_finetune
 import utils
+from tools import probe
 
 
 @pytest.fixture
@@ -101,3 +102,22 @@ def test_a_loss_that_is_not_finite_names_the_images(small, pretrain, tmp_path, i
     assert result.status == 1 and "in epoch 0, step" in result.err
     named = (tmp_path / "nonfinite_batch.txt").read_text().splitlines()
     assert len(named) == 4 and set(named) <= {str(path) for path in image_folder.glob("*/*.png")}
+
+
+def test_a_signal_within_a_probe_gives_it_up(small, labelled_folder, pretrain, tmp_path, monkeypatch):
+    flags = [*small, "--picture_freq", 0, "--probe_freq", 1, "--probe_data_path", labelled_folder]
+    pretrain(*flags, "--output_dir", tmp_path / "whole")
+    collect = probe.collect
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(probe, "collect", interrupted)
+    folder = tmp_path / "stopped"
+    result = pretrain(*flags, "--output_dir", folder)
+    assert result.status == 75 and [path.name for path in folder.glob("*.pth")] == ["checkpoint-0-5.pth"]
+    monkeypatch.undo()
+    assert pretrain(*flags, "--output_dir", folder).status == 0
+    assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(tmp_path / "whole", "checkpoint-1.pth"))
+    assert log_lines(folder) == log_lines(tmp_path / "whole")
