@@ -6,6 +6,7 @@ on at any step without a saved generator state.
 """
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -646,15 +647,21 @@ def pixel_statistics(in_chans, imagenet=True):
     return (mean, std) if in_chans == 3 else (mean.mean().expand(in_chans), std.mean().expand(in_chans))
 
 
+@functools.cache  # a copy to a GPU for each batch would wait for it
+def pixel_scales(in_chans, device):
+    """ImageNet's mean and deviation, (C, 1, 1) each, on a device."""
+    return [s.to(device)[:, None, None] for s in pixel_statistics(in_chans)]
+
+
 def normalize(imgs):
     """uint8 (N, C, H, W) -> float32, each channel with ImageNet's mean and deviation taken out."""
-    mean, std = (s.to(imgs.device)[:, None, None] for s in pixel_statistics(imgs.shape[1]))
+    mean, std = pixel_scales(imgs.shape[1], imgs.device)
     return (imgs / 255 - mean) / std
 
 
 def denormalize(imgs):
     """The inverse of `normalize`, clipped: float (N, C, H, W) -> uint8."""
-    mean, std = (s.to(imgs.device)[:, None, None] for s in pixel_statistics(imgs.shape[1]))
+    mean, std = pixel_scales(imgs.shape[1], imgs.device)
     return ((imgs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 

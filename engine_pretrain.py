@@ -15,7 +15,7 @@ def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
     def forward(batch):
         imgs = normalize(batch.imgs.to(args.device, non_blocking=True))
         noise = batch.noise.to(args.device, non_blocking=True)
-        loss, _, _ = model(imgs, mask_ratio=args.mask_ratio, noise=noise)
+        loss, _, _ = model(imgs, mask_ratio=args.mask_ratio, noise=noise, loss_only=True)
         return loss
 
     optimize(forward, model, loader, optimizer, scaler, state, hooks, args)

@@ -158,7 +158,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model = build_model(args).to(args.device)
     optimizer = torch.optim.AdamW(
-        optim_factory.get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95)
+        optim_factory.get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95), fused=True
     )
     scaler = utils.loss_scaler(args)
     state = hooks.RunState(args, model, optimizer, scaler, sampler, images)

@@ -204,6 +204,8 @@ def create_optimizer(args, model, get_num_layer=None, get_layer_scale=None, filt
     if not filter_bias_and_bn:
         groups = [group | {"weight_decay": args.weight_decay, "decays": True} for group in groups]
     options = {"eps": args.opt_eps, "betas": tuple(args.opt_betas) if args.opt_betas else None}
+    if optimizer_name(args) in ("adam", "adamw"):
+        options["fused"] = True
     return create_optimizer_v2(
         groups,
         opt=args.opt,

@@ -247,6 +247,11 @@ def add_machine_args(parser):
     group.add_argument("--use_amp", default=False, type=str2bool, help="automatic mixed precision")
     group.add_argument("--amp_dtype", default="bfloat16", choices=tuple(AMP_DTYPES), help="its type")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="make activations again in the backward pass: less memory, more time",
+    )
 
     group = parser.add_argument_group("distributed (torchrun and other launchers set these)")
     group.add_argument("--world_size", default=1, type=int, help="number of processes")
@@ -283,6 +288,7 @@ def check_device(args):
 
 def for_device(model, args):
     """The model as it is trained: compiled, if args.compile, and its gradients averaged over processes, if several."""
+    model.set_grad_checkpointing(args.grad_checkpointing)
     if args.compile:
         model = torch.compile(model)
     return torch.nn.parallel.DistributedDataParallel(model) if args.distributed else model

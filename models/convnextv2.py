@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from models.checkpoints import get_weights, load_backbone, network_config, split_decoder
-from models.utils import GRN, LayerNorm, depthwise_conv, init_weights
+from models.utils import GRN, LayerNorm, depthwise_conv, init_weights, run_block
 from utils import UserError
 
 # Appendix A of the paper: blocks and channels of the four stages
@@ -102,6 +102,7 @@ class ConvNeXtV2(nn.Module):
     ):
         super().__init__()
         self.depths = tuple(depths)
+        self.grad_checkpointing = False
         self.downsample_layers = make_downsample_layers(in_chans, dims, stem_stride)
         self.stages = make_stages(Block, depths, dims, drop_path_rate)
         self.norm = LayerNorm(dims[-1])
@@ -115,8 +116,14 @@ class ConvNeXtV2(nn.Module):
         """(N, in_chans, H, W) -> features of the sites (N, C, h, w), h = H / total stride."""
         x = x.contiguous(memory_format=torch.channels_last)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
+            x = downsample(x)
+            for block in stage:
+                x = run_block(self.grad_checkpointing, block, x)
         return x
+
+    def set_grad_checkpointing(self, enable=True):
+        """Whether the activations within blocks are made again in the backward pass instead of kept."""
+        self.grad_checkpointing = enable
 
     def forward_features(self, x):
         """(N, in_chans, H, W) -> pooled, normalised features (N, C)."""

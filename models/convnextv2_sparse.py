@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.convnextv2 import Block, make_downsample_layers, make_stages
-from models.utils import depthwise_conv, init_weights
+from models.utils import depthwise_conv, init_weights, run_block
 
 
 class Sites(NamedTuple):
@@ -96,6 +96,7 @@ class SparseConvNeXtV2(nn.Module):
     def __init__(self, in_chans=3, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0, stem_stride=4):
         super().__init__()
         self.stem_stride = stem_stride
+        self.grad_checkpointing = False
         self.downsample_layers = make_downsample_layers(in_chans, dims, stem_stride)
         self.stages = make_stages(self.block, depths, dims, drop_path_rate)
         self.apply(init_weights)
@@ -110,7 +111,7 @@ class SparseConvNeXtV2(nn.Module):
                 sites = active_sites(visible, grid, 8 >> stage)
                 x = self.downsample(x, self.downsample_layers[stage])
             for block in blocks:
-                x = block(x, sites)
+                x = run_block(self.grad_checkpointing, block, x, sites)
         return unpack(x, sites)
 
     def grid(self, imgs):

@@ -5,6 +5,7 @@ D channels of the decoder. A mask is (N, L), 1 = removed.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.checkpoints import count_blocks, network_config
@@ -63,6 +64,10 @@ class FCMAE(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
+    def set_grad_checkpointing(self, enable=True):
+        """As `ConvNeXtV2.set_grad_checkpointing`, for the encoder: the decoder is small."""
+        self.encoder.grad_checkpointing = enable
+
     def patchify(self, imgs):
         """Images (N, in_chans, H, W) -> patches (N, L, p * p * in_chans)."""
         p = self.patch_size
@@ -102,31 +107,54 @@ class FCMAE(nn.Module):
         latent = self.encoder(imgs, mask, num_visible=self.num_visible(mask.shape[1], mask_ratio))
         return latent, mask
 
-    def forward_decoder(self, latent, mask):
-        """Latent (N, C, h, w) and mask (N, L) -> predicted patches (N, p * p * in_chans, h, w)."""
-        x = self.proj(latent)  # (N, D, h, w)
+    def decode(self, latent, mask):
+        """Latent (N, C, h, w) and mask (N, L) -> the decoder's features (N, D, h, w)."""
+        x = self.proj(latent)
         removed = mask.view(len(x), 1, *x.shape[2:]).to(x.dtype)
         x = x * (1 - removed) + self.mask_token * removed
-        return self.pred(self.decoder(x.contiguous(memory_format=torch.channels_last)))
+        return self.decoder(x.contiguous(memory_format=torch.channels_last))
 
-    def patch_targets(self, imgs):
-        """What is predicted, (N, L, p * p * in_chans), and each patch's mean and standard deviation (N, L, 1)."""
-        patches = self.patchify(imgs)
+    def forward_decoder(self, latent, mask):
+        """Latent (N, C, h, w) and mask (N, L) -> predicted patches (N, p * p * in_chans, h, w)."""
+        return self.pred(self.decode(latent, mask))
+
+    def patch_targets(self, patches):
+        """What is predicted of patches (N, L, p * p * in_chans), and each one's mean and deviation (N, L, 1)."""
         mean = patches.mean(dim=-1, keepdim=True)
         std = (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
         return ((patches - mean) / std if self.norm_pix_loss else patches), mean, std
 
+    def patch_loss(self, pred, patches):
+        """Mean squared error of each predicted patch: pred and patches (N, L, p * p * in_chans) -> (N, L)."""
+        target, _, _ = self.patch_targets(patches)
+        return ((pred.to(target.dtype) - target) ** 2).mean(dim=-1)
+
     def forward_loss(self, imgs, pred, mask):
-        """Mean squared error on removed patches. pred: (N, p * p * in_chans, h, w) or (N, L, p * p * in_chans)."""
+        """Mean loss of removed patches. pred: (N, p * p * in_chans, h, w) or (N, L, p * p * in_chans)."""
         if pred.ndim == 4:
             pred = pred.flatten(2).transpose(1, 2)
-        target, _, _ = self.patch_targets(imgs)
-        loss = ((pred.to(target.dtype) - target) ** 2).mean(dim=-1)  # (N, L)
-        return (loss * mask).sum() / mask.sum()
+        return (self.patch_loss(pred, self.patchify(imgs)) * mask).sum() / mask.sum()
 
-    def forward(self, imgs, labels=None, mask_ratio=None, noise=None):
-        """Images (N, in_chans, H, W) -> loss, pred (N, p * p * in_chans, h, w), mask (N, L). Labels are not used."""
-        latent, mask = self.forward_encoder(imgs, self.mask_ratio if mask_ratio is None else mask_ratio, noise)
+    def loss_on_removed(self, imgs, features, mask, num_removed):
+        """`forward_loss` from the decoder's features (N, D, h, w), predicting the removed patches, R an image, only."""
+        n, num_patches = mask.shape
+        removed = mask.argsort(dim=1, descending=True, stable=True)[:, :num_removed]  # the ones come first
+        rows = (removed + num_patches * torch.arange(n, device=mask.device)[:, None]).flatten()  # (N * R,)
+        features = features.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, rows)
+        pred = F.linear(features, self.pred.weight.flatten(1), self.pred.bias)
+        patches = self.patchify(imgs).flatten(0, 1).index_select(0, rows)
+        return self.patch_loss(pred, patches).mean()
+
+    def forward(self, imgs, labels=None, mask_ratio=None, noise=None, loss_only=False):
+        """Images (N, in_chans, H, W) -> loss, pred (N, p * p * in_chans, h, w), mask (N, L). Labels are not used.
+
+        loss_only: pred is None, and the visible patches, which have no part in the loss, are not predicted.
+        """
+        mask_ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        latent, mask = self.forward_encoder(imgs, mask_ratio, noise)
+        if loss_only:
+            num_removed = mask.shape[1] - self.num_visible(mask.shape[1], mask_ratio)
+            return self.loss_on_removed(imgs, self.decode(latent, mask), mask, num_removed), None, mask
         pred = self.forward_decoder(latent, mask)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
@@ -137,7 +165,7 @@ class FCMAE(nn.Module):
         With norm_pix_loss each prediction gets its patch's true mean and deviation back: the network never sees them.
         """
         pred = pred.flatten(2).transpose(1, 2).to(imgs.dtype)
-        _, mean, std = self.patch_targets(imgs)
+        _, mean, std = self.patch_targets(self.patchify(imgs))
         if self.norm_pix_loss:
             pred = pred * std + mean
         patches = torch.where(mask[:, :, None].bool(), pred, self.patchify(imgs))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -156,6 +157,13 @@ def depthwise_conv(x, weight, bias):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     return _DepthwiseConvCPU.apply(x, weight, bias)
+
+
+def run_block(checkpointing, block, *inputs):
+    """block(*inputs); with checkpointing its activations are made again in the backward pass instead of kept."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def init_weights(module):

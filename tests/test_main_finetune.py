@@ -483,8 +483,11 @@ def test_compile_device_and_precision_reach_the_model(small, narrow, finetune, m
 
     monkeypatch.setattr(convnextv2.ConvNeXtV2, "forward", note_type)
     ema = "--model_ema true --model_ema_eval true --model_ema_force_cpu true".split()
-    result = finetune(*small, *ema, *"--epochs 1 --use_amp true --amp_dtype float16 --compile".split())
+    result = finetune(
+        *small, *ema, *"--epochs 1 --use_amp true --amp_dtype float16 --compile --grad_checkpointing".split()
+    )
     assert result.status == 0 and len(compiled) == 1 and dtypes == {torch.float16} and devices == ["cpu"]
+    assert compiled[0].grad_checkpointing
 
 
 def test_nb_classes_is_checked(brief, finetune):

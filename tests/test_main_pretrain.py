@@ -310,11 +310,13 @@ def test_start_epoch_enters_the_schedule_late(small, pretrain, tmp_path):
 def test_compile_and_amp_dtype_reach_the_model(small, pretrain, monkeypatch):
     compiled, dtypes = [], []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    loss = FCMAE.forward_loss
-    monkeypatch.setattr(FCMAE, "forward_loss", lambda *args: dtypes.append(args[2].dtype) or loss(*args))
+    loss = FCMAE.patch_loss
+    monkeypatch.setattr(FCMAE, "patch_loss", lambda *args: dtypes.append(args[1].dtype) or loss(*args))
     monkeypatch.setattr(main_pretrain, "describe", lambda *_: "")
-    result = pretrain(*small, "--epochs", 1, "--use_amp", "true", "--amp_dtype", "float16", "--compile")
+    flags = "--epochs 1 --use_amp true --amp_dtype float16 --compile --grad_checkpointing"
+    result = pretrain(*small, *flags.split())
     assert result.status == 0 and len(compiled) == 1 and set(dtypes) == {torch.float16}
+    assert compiled[0].encoder.grad_checkpointing
 
 
 def test_a_flag_file_is_read_and_later_flags_win(small, pretrain, tmp_path):

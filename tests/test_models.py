@@ -443,6 +443,37 @@ def test_masking_saves_most_of_the_multiply_adds():
     assert 19 / 49 < masked.multiply_adds / whole.multiply_adds < 0.45 and masked.activations < 0.5 * whole.activations
 
 
+@pytest.mark.parametrize("build", [make_fcmae, lambda **_: randomise(ConvNeXtV2(num_classes=5, **TINY))])
+def test_checkpointed_activations_give_the_same_gradients_bit_for_bit(build, monkeypatch):
+    model = build(drop_path_rate=0.5).train()
+    grads, forwards = [], []
+    monkeypatch.setattr(convnextv2.Block, "mlp", lambda *a, mlp=convnextv2.Block.mlp: forwards.append(1) or mlp(*a))
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        output = model(torch.randn(2, 3, 128, 128))
+        loss = output[0] if isinstance(output, tuple) else output.square().sum()
+        count = len(forwards)
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert len(forwards) == count + sum(TINY["depths"])  # each block of the trunk ran again
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_the_loss_of_removed_patches_alone_is_the_loss_of_all(norm_pix_loss):
+    """And so are all gradients."""
+    model = make_fcmae(grid=(3, 4), norm_pix_loss=norm_pix_loss).double()
+    imgs, noise = make_batch(model, n=3, dtype=torch.float64)
+    grads = []
+    for loss_only in (False, True):
+        loss, pred, _ = model(imgs, mask_ratio=0.5, noise=noise, loss_only=loss_only)
+        assert (pred is None) == loss_only
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+        grads[-1] += (loss.detach(),)
+    for one, other in zip(*grads, strict=True):
+        assert gap(one, other) < 1e-12
+
+
 @pytest.mark.parametrize("grid, window", [((3, 4), (2, 3)), ((2, 2), (2, 2)), ((2, 3), (4, 2))])
 def test_windows_average_the_logits_of_their_parts(grid, window):
     model = randomise(convnextv2.ConvNeXtV2(3, 5, depths=(1, 1, 1, 1), dims=(4, 8, 8, 16))).double().eval()
