@@ -6,6 +6,7 @@ on at any step without a saved generator state.
 """
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -378,7 +379,7 @@ class PretrainDataset(torch.utils.data.Dataset):
 def read_or_next(images, index):
     """The image of that number, or the next that can be read: image, its number, names of those that could not be."""
     unreadable = []
-    for number in (*range(index, len(images)), *range(index)):
+    for number in itertools.chain(range(index, len(images)), range(index)):
         image, error = try_read(images, number)
         if error is None:
             return image, number, unreadable

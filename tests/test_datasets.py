@@ -1,6 +1,7 @@
 """What is read from which files, and that samples depend on nothing but (seed, epoch, index)."""
 
 import pickle
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,6 +198,23 @@ def test_an_unreadable_image_is_named_and_the_next_stands_in(tmp_path):
     _, _, unreadable = dataset[0, 1]
     assert len(unreadable) == 1 and unreadable[0].startswith(str(tmp_path / "b.png"))
     assert dataset[0, 2][2] == []
+
+
+class ManyDigits(datasets.Digits):
+    """As long as ImageNet-1k."""
+
+    def __len__(self):
+        return 1_281_167
+
+
+def test_a_sample_costs_the_same_however_many_images_there_are():
+    images = ManyDigits(True, 3)
+    images.read(0)
+    tracemalloc.start()
+    datasets.read_or_next(images, 5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000  # bytes
 
 
 def test_normalize_matches_torchvision_and_inverts():
