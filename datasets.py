@@ -617,11 +617,20 @@ class EpochSampler(torch.utils.data.Sampler):
 
     An optimizer step takes the next batch_size * update_freq * world_size samples of the order, however they are
     divided. An epoch has whole steps only: the rest of its order is left out, another one each epoch.
+
+    repeats: how many samples are made of an image once it is read, in one batch: (epoch, index), (epoch, index, 1), ...
+    ("repeated sampling" of MAE-ST and Hiera). An epoch still has as many samples as there are images: each takes 1 /
+    repeats of them, and that many epochs take all. Raises UserError if repeats does not divide batch_size.
     """
 
-    def __init__(self, num_samples, batch_size, update_freq, seed, rank=0, world_size=1):
+    def __init__(self, num_samples, batch_size, update_freq, seed, rank=0, world_size=1, repeats=1):
+        if repeats < 1 or batch_size % repeats:
+            raise UserError(
+                f"--repeated_sampling {repeats}: must be at least 1 and divide --batch_size {batch_size}, as all "
+                f"samples of an image are in one batch of one process"
+            )
         self.num_samples, self.batch_size, self.update_freq, self.seed = num_samples, batch_size, update_freq, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.repeats = rank, world_size, repeats
         self.steps_per_epoch = num_samples // (batch_size * update_freq * world_size)
         self.set_position(0, 0)
 
@@ -636,10 +645,15 @@ class EpochSampler(torch.utils.data.Sampler):
         epoch = self.epoch
         order = self.order(epoch)
         for batch in range(self.step * self.update_freq, self.steps_per_epoch * self.update_freq):
-            yield [(epoch, int(index)) for index in self.part(order, batch)]
+            images = self.part(order, batch)[:: self.repeats].tolist()
+            yield [(epoch, index, repeat)[: 3 if repeat else 2] for index in images for repeat in range(self.repeats)]
 
     def order(self, epoch):
-        return np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.num_samples)
+        """The index of each sample's image."""
+        turn, part = divmod(epoch, self.repeats)
+        everything = np.random.default_rng(derive_seed(self.seed, turn)).permutation(self.num_samples)
+        count = self.num_samples // self.repeats
+        return everything[part * count : (part + 1) * count].repeat(self.repeats)
 
     def part(self, order, batch):
         """What this process takes of an order for its batch of that number."""
@@ -647,10 +661,13 @@ class EpochSampler(torch.utils.data.Sampler):
         return order[first : first + self.batch_size]
 
 
-def build_train_loader(dataset, args):
-    """The loader of a training set's batches and its sampler. Raises UserError if there is no whole optimizer step."""
+def build_train_loader(dataset, args, repeats=1):
+    """The loader of a training set's batches and its sampler, `EpochSampler`.
+
+    Raises UserError if there is no whole optimizer step, or if repeats does not divide --batch_size.
+    """
     sampler = EpochSampler(
-        len(dataset.images), args.batch_size, args.update_freq, args.seed, get_rank(), get_world_size()
+        len(dataset.images), args.batch_size, args.update_freq, args.seed, get_rank(), get_world_size(), repeats
     )
     if sampler.steps_per_epoch == 0:
         raise UserError(

@@ -384,6 +384,82 @@ def test_a_step_takes_the_same_samples_however_divided():
     assert steps(8, 1, 1) == steps(4, 1, 2) == steps(4, 2, 1) == steps(2, 2, 2)
 
 
+# ---------------------------------------------------------------- repeated sampling
+
+
+def keys_of(epoch, step=0, count=22, batch_size=4, update_freq=1, rank=0, world_size=1, repeats=2):
+    sampler = EpochSampler(count, batch_size, update_freq, 3, rank, world_size, repeats)
+    sampler.set_position(epoch, step)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) and all(len(batch) == batch_size for batch in batches)
+    return batches
+
+
+def test_without_repeats_the_order_is_one_permutation_an_epoch():
+    order = np.random.default_rng(datasets.derive_seed(3, 5)).permutation(22)[:20]
+    assert [key for batch in keys_of(5, repeats=1) for key in batch] == [(5, index) for index in order]
+
+
+def test_repeats_share_a_batch_and_that_many_epochs_take_every_image():
+    for repeats in (2, 4):
+        seen = []
+        for epoch in range(4, 4 + repeats):
+            for batch in keys_of(epoch, count=24, repeats=repeats):
+                images = [key[1] for key in batch[::repeats]]
+                same = [[(epoch, i), *((epoch, i, repeat) for repeat in range(1, repeats))] for i in images]
+                assert batch == [key for keys in same for key in keys]
+                seen += images
+        assert sorted(seen) == list(range(24))
+    assert len(keys_of(0, repeats=4)) == len(keys_of(0, repeats=1)) == 5  # an epoch is as long
+
+
+def test_repeats_go_on_at_any_step_however_divided():
+    def steps(epoch, step=0, **division):
+        world_size, update_freq = division.get("world_size", 1), division.get("update_freq", 1)
+        ranks = [keys_of(epoch, step, rank=rank, **division) for rank in range(world_size)]
+        batches = [[key for keys in batch for key in keys] for batch in zip(*ranks, strict=True)]
+        return [sum(batches[i : i + update_freq], []) for i in range(0, len(batches), update_freq)]
+
+    for epoch in (0, 1, 5):
+        whole = steps(epoch, count=50, batch_size=8)
+        assert whole == steps(epoch, count=50, world_size=2) == steps(epoch, count=50, update_freq=2)
+        assert whole == steps(epoch, count=50, batch_size=2, update_freq=2, world_size=2)
+        assert all(whole[step:] == steps(epoch, step, count=50, world_size=2) for step in range(6))
+
+
+@pytest.mark.parametrize("repeats", [0, 3, 8])
+def test_repeats_must_divide_the_batch(repeats):
+    with pytest.raises(UserError, match=f"--repeated_sampling {repeats}: .* divide --batch_size 4"):
+        keys_of(0, repeats=repeats)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeats_are_samples_of_their_own_of_one_reading(image_folder, monkeypatch, workers):
+    images = ImageFolder(image_folder, 3)
+    dataset = PretrainDataset(images, (16, 16), 4, seed=0)
+    args = SimpleNamespace(
+        batch_size=8, update_freq=1, effective_batch_size=8, seed=0, num_workers=workers, pin_mem=False, device="cpu"
+    )
+    opened = []
+    monkeypatch.setattr(images, "open", lambda index: opened.append(index) or ImageFolder.open(images, index))
+    loader, sampler = datasets.build_train_loader(dataset, args, repeats=4)
+    batches, keys = list(loader), list(sampler)
+    assert len(batches) == len(keys) == 2 and (workers or opened == [batch[i][1] for batch in keys for i in (0, 4)])
+    for batch, own_keys in zip(batches, keys, strict=True):
+        alone = [dataset[key] for key in own_keys]
+        assert torch.equal(batch.imgs, torch.stack([image for image, _, _ in alone]))
+        assert torch.equal(batch.noise, torch.stack([noise for _, noise, _ in alone]))
+        assert len(batch.imgs.unique(dim=0)) == len(batch.noise.unique(dim=0)) == 8
+
+
+def test_an_unreadable_image_is_named_once_for_its_repeats(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("not an image")
+    dataset = PretrainDataset(ImageFolder(tmp_path, 3), (8, 8), 1, seed=0)
+    batch = Batch.collate(dataset.__getitems__([(0, 1), (0, 1, 1), (0, 0), (0, 0, 1)]))
+    assert len(batch.imgs) == 4 and len(batch.unreadable) == 1
+
+
 # ---------------------------------------------------------------- what cannot be read, and how much is
 
 
