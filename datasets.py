@@ -489,8 +489,8 @@ def draw_crop(height, width, scale, generator, ratio=(3 / 4, 4 / 3), tries=10):
 def most_shrink(views, size):
     """The largest of 1, 2, 4, 8 by which an image may be decoded smaller and each view still not be enlarged to size.
 
-    libjpeg leaves out most of the inverse transform of what is not decoded: 12 % faster as a whole from 640 x 480
-    pixels on, twice as fast from 2000 x 1500 on.
+    libjpeg then leaves out most of the inverse transform. Crops of 224: the samples of 2000 x 1500 pixels take 1 / 1.6
+    of the time, those of 1024 x 768 1 / 1.1; of 500 x 375 hardly any can be shrunk.
     """
     room = min(min(view.height / (size[0] + 1), view.width / (size[1] + 1)) for view in views)  # + 1: edges move
     return max(shrink for shrink in (1, 2, 4, 8) if shrink <= max(room, 1))
