@@ -1,12 +1,14 @@
 """From image files to batches: what is read, how it is augmented, in which order.
 
-Every random draw of a sample (crop, flip, mask) is a function of (seed, epoch, sample index), and the order of an epoch
-one of (seed, epoch). So neither the number of workers nor of processes changes a sample, and a run that is stopped goes
-on at any step without a saved generator state.
+Every random draw of a sample (crop, flip, mask) is a function of (seed, epoch, sample index, repeat), and the order of
+an epoch one of (seed, epoch). So neither the number of workers nor of processes changes a sample, and a run that is
+stopped goes on at any step without a saved generator state.
 """
 
 import contextlib
 import functools
+import itertools
+import math
 import os
 import random
 import signal
@@ -15,7 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision.io
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from timm.data import Mixup, create_transform
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
@@ -43,6 +47,8 @@ from utils import (
 
 COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow names these but cannot read them
+# Faster than Pillow's, bit for bit the same. Deprecated since torchvision 0.29: without it, Pillow decodes.
+decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 
 
 # ---------------------------------------------------------------- flags
@@ -197,26 +203,68 @@ def find_images(folder):
     return sorted(paths)
 
 
-def read_image(path, in_chans):
-    """A file as a Pillow image of 1 (grey), 3 (RGB) or 4 (RGBA) channels, or, from .npy, as a uint8 tensor (C, H, W).
+def open_image(path, in_chans):
+    """A context manager of a file's image: Pillow's, not decoded yet, or, from .npy, a uint8 tensor (C, H, W).
 
-    16-bit greys keep their upper 8 bits; 32-bit and floating-point ones are stretched from their own range to 8 bits.
-    Raises whatever Pillow raises for a file that it cannot read, ValueError for an array that does not fit.
+    Raises whatever Pillow raises for a file that it does not know, ValueError for an array that does not fit.
     """
     if str(path).lower().endswith(".npy"):
         array = np.load(path)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != in_chans:
             raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
-        return torch.from_numpy(array).permute(2, 0, 1)
+        return contextlib.nullcontext(torch.from_numpy(array).permute(2, 0, 1))
     if in_chans not in COLOUR_MODES:
         raise ValueError(f"image files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays have others")
-    with Image.open(path) as image:
-        image.load()
-        if image.mode.startswith(("I", "F")):
-            image = to_8_bits(image, sixteen=";16" in image.mode or image.format in ("PNG", "PPM"))
-        elif image.mode == "P":
-            image = image.convert("RGBA")  # applies the transparent colour, if any
-        return image.convert(COLOUR_MODES[in_chans])
+    return Image.open(path)
+
+
+def read_image(path, in_chans):
+    """A file as a Pillow image of 1 (grey), 3 (RGB) or 4 (RGBA) channels, or, from .npy, as a uint8 tensor (C, H, W).
+
+    16-bit greys keep their upper 8 bits; 32-bit and floating-point ones are stretched from their own range to 8 bits.
+    Raises what `open_image` raises, and whatever Pillow raises for a file that it cannot decode.
+    """
+    with open_image(path, in_chans) as image:
+        return image if torch.is_tensor(image) else to_colours(image, in_chans)
+
+
+def read_pixels(image, in_chans, shrink=1):
+    """What `open_image` opened, decoded as `read_image` does but faster, as a uint8 tensor (C, H, W); RGBA by Pillow.
+
+    shrink: 1, or for a JPEG 2, 4 or 8: of each dimension that part, rounded up, is decoded.
+    """
+    if torch.is_tensor(image):
+        return image
+    if shrink > 1:
+        image.draft(image.mode, (image.width // shrink, image.height // shrink))
+    elif isinstance(image, JpegImageFile) and in_chans < 4 and image.mode in ("L", COLOUR_MODES[in_chans]):
+        pixels = decode_whole(image)
+        if pixels is not None:
+            return pixels.expand(in_chans, -1, -1)
+    image = to_colours(image, in_chans)
+    # Resizing weighs colours by their opacity: Pillow does, tensors do not
+    return image if image.mode == "RGBA" else v2.functional.pil_to_tensor(image)
+
+
+def decode_whole(jpeg):
+    """A JPEG that Pillow opened by torchvision, uint8 (C, H, W); None if that cannot decode it."""
+    if decode_jpeg is None:
+        return None
+    jpeg.fp.seek(0)
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(jpeg.fp.read()), dtype=torch.uint8))
+    except RuntimeError:  # Pillow may, or else says what is wrong
+        return None
+
+
+def to_colours(image, in_chans):
+    """A Pillow image of any mode with so many channels of 8 bits."""
+    image.load()
+    if image.mode.startswith(("I", "F")):
+        image = to_8_bits(image, sixteen=";16" in image.mode or image.format in ("PNG", "PPM"))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # applies the transparent colour, if any
+    return image.convert(COLOUR_MODES[in_chans])
 
 
 def read_files(flag, paths, in_chans, transform):
@@ -245,7 +293,7 @@ def to_8_bits(grey, sixteen):
 
 
 class ImageFolder:
-    """The images below a folder: `len`, `name(index)`, `read(index)`."""
+    """The images below a folder: `len`, `name(index)`, `open(index)`, `read(index)`."""
 
     def __init__(self, folder, in_chans):
         # Bytes in one array: each loader worker would slowly copy a list of a million Python strings.
@@ -257,6 +305,9 @@ class ImageFolder:
 
     def name(self, index):
         return os.fsdecode(bytes(self.paths[index]))
+
+    def open(self, index):
+        return open_image(self.name(index), self.in_chans)
 
     def read(self, index):
         return read_image(self.name(index), self.in_chans)
@@ -309,6 +360,9 @@ class Digits:
 
     def name(self, index):
         return f"digit {self.numbers[index]}"
+
+    def open(self, index):
+        return self.read(index)  # a Pillow image closes like a file
 
     def read(self, index):
         return Image.fromarray(self.images[self.numbers[index]]).convert(COLOUR_MODES[self.in_chans])
@@ -416,10 +470,10 @@ def labelled_folder(is_train, args):
     return "--data_path", part if part.is_dir() or args.data_set == "IMNET" or not is_train else folder
 
 
-def try_read(images, index):
-    """(image, None), or (None, its name and what is wrong) if it cannot be read."""
+def try_read(images, index, read=None):
+    """(image, None), or (None, its name and what is wrong) if it cannot be read. read: a function, or images.read."""
     try:
-        return images.read(index), None
+        return (read or images.read)(index), None
     except Exception as error:  # Pillow's plugins raise nearly everything
         return None, f"{images.name(index)} ({type(error).__name__}: {error})"
 
@@ -476,40 +530,107 @@ class LabelledBatch(NamedTuple):
         )
 
 
-class PretrainDataset(torch.utils.data.Dataset):
-    """Augmented images with the noise of their masks; `dataset[epoch, index]`.
+class View(NamedTuple):
+    """All that is random in a pre-training sample: which part of an image it shows, and what decides its mask."""
 
-    For an image that cannot be read the next one that can stands in, and the sample says so.
+    top: int  # of the crop, as the others in pixels of the image
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+    noise: torch.Tensor  # (L,) in [0, 1)
+
+    def shrunk(self, by):
+        """The same view of the image decoded at 1 / by of its size: edges move to the nearest pixel there."""
+        top, left = round(self.top / by), round(self.left / by)
+        bottom, right = round((self.top + self.height) / by), round((self.left + self.width) / by)
+        return self._replace(top=top, left=left, height=bottom - top, width=right - left)
+
+
+class PretrainDataset(torch.utils.data.Dataset):
+    """Augmented images with the noise of their masks; `dataset[epoch, index]`, further ones `[epoch, index, repeat]`.
+
+    A sample is (image (C, H, W) uint8, noise (L,), names of files that could not be read). Crops are resized with
+    antialiased bicubic interpolation. For an image that cannot be read the next one that can stands in, and the sample
+    says so.
     """
 
     collate = staticmethod(Batch.collate)
 
     def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5):
-        self.images = images
-        self.num_patches = num_patches
-        self.seed = seed
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(input_size, scale=scale, interpolation=InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip(hflip),
-                v2.PILToTensor(),
-            ]
-        )
+        self.images, self.input_size, self.num_patches, self.seed = images, input_size, num_patches, seed
+        self.scale, self.hflip = scale, hflip
 
     def __getitem__(self, key):
-        """(epoch, index) -> image (C, H, W) uint8, noise (L,), names of files that could not be read."""
-        epoch, index = key
-        image, _, unreadable = read_or_next(self.images, index)
-        with randomness_of(self.seed, epoch, index):
-            noise = torch.rand(self.num_patches)
-            return self.transform(image), noise, unreadable
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):
+        """The samples of those keys, as DataLoader asks for them: neighbours of one image are cut from one reading."""
+        groups = itertools.groupby(keys, key=lambda key: key[:2])
+        return [sample for (_, index), group in groups for sample in self.samples(index, list(group))]
+
+    def samples(self, index, keys):
+        """The samples of keys that have the same epoch and image."""
+        (image, views), _, unreadable = read_or_next(self.images, index, lambda number: self.read(number, keys))
+        samples = [(self.cut(image, view), view.noise, []) for view in views]
+        samples[0][2].extend(unreadable)  # named once
+        return samples
+
+    def read(self, index, keys):
+        """An image, as large as its views need it, and its view for each key."""
+        with self.images.open(index) as image:
+            height, width = v2.functional.get_size(image)
+            views = [self.draw_view(key, height, width) for key in keys]
+            shrink = most_shrink(views, self.input_size) if isinstance(image, JpegImageFile) else 1
+            return read_pixels(image, self.images.in_chans, shrink), [view.shrunk(shrink) for view in views]
+
+    def draw_view(self, key, height, width):
+        """The view that a key has of an image of that size."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, *key))
+        noise = torch.rand(self.num_patches, generator=generator)
+        crop = draw_crop(height, width, self.scale, generator)
+        return View(*crop, mirrored=torch.rand((), generator=generator).item() < self.hflip, noise=noise)
+
+    def cut(self, image, view):
+        """(C, H, W) uint8 of a tensor or Pillow image."""
+        image = v2.functional.resized_crop(image, *view[:4], self.input_size, InterpolationMode.BICUBIC)
+        if isinstance(image, Image.Image):
+            image = v2.functional.pil_to_tensor(image)
+        return v2.functional.horizontal_flip(image) if view.mirrored else image
 
 
-def read_or_next(images, index):
+def draw_crop(height, width, scale, generator, ratio=(3 / 4, 4 / 3), tries=10):
+    """Top, left, height, width of a random crop by the law of torchvision's RandomResizedCrop (Inception's).
+
+    Its share of the area is uniform in `scale`, the logarithm of its width / height in `ratio`, its place among those
+    within the image. If none of the tries fits, the largest centred crop of a ratio in those bounds.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for share, log_ratio, y, x in torch.rand(tries, 4, dtype=torch.float64, generator=generator).tolist():
+        area = (scale[0] + share * (scale[1] - scale[0])) * height * width
+        width_per_height = math.exp(low + log_ratio * (high - low))
+        h, w = round(math.sqrt(area / width_per_height)), round(math.sqrt(area * width_per_height))
+        if 0 < h <= height and 0 < w <= width:
+            return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def most_shrink(views, size):
+    """The largest of 1, 2, 4, 8 by which an image may be decoded smaller and each view still not be enlarged to size.
+
+    libjpeg then leaves out most of the inverse transform. Crops of 224: the samples of 2000 x 1500 pixels take 1 / 1.6
+    of the time, those of 1024 x 768 1 / 1.1; of 500 x 375 hardly any can be shrunk.
+    """
+    room = min(min(view.height / (size[0] + 1), view.width / (size[1] + 1)) for view in views)  # + 1: edges move
+    return max(shrink for shrink in (1, 2, 4, 8) if shrink <= max(room, 1))
+
+
+def read_or_next(images, index, read=None):
     """The image of that number, or the next that can be read: image, its number, names of those that could not be."""
     unreadable = []
-    for number in (*range(index, len(images)), *range(index)):
-        image, error = try_read(images, number)
+    for number in itertools.chain(range(index, len(images)), range(index)):
+        image, error = try_read(images, number, read)
         if error is None:
             return image, number, unreadable
         unreadable.append(error)
@@ -673,11 +794,20 @@ class EpochSampler(torch.utils.data.Sampler):
 
     An optimizer step takes the next batch_size * update_freq * world_size samples of the order, however they are
     divided. An epoch has whole steps only: the rest of its order is left out, another one each epoch.
+
+    repeats: how many samples are made of an image once it is read, in one batch: (epoch, index), (epoch, index, 1), ...
+    ("repeated sampling" of MAE-ST and Hiera). An epoch still has as many samples as there are images: each takes 1 /
+    repeats of them, and that many epochs take all. Raises UserError if repeats does not divide batch_size.
     """
 
-    def __init__(self, num_samples, batch_size, update_freq, seed, rank=0, world_size=1):
+    def __init__(self, num_samples, batch_size, update_freq, seed, rank=0, world_size=1, repeats=1):
+        if repeats < 1 or batch_size % repeats:
+            raise UserError(
+                f"--repeated_sampling {repeats}: must be at least 1 and divide --batch_size {batch_size}, as all "
+                f"samples of an image are in one batch of one process"
+            )
         self.num_samples, self.batch_size, self.update_freq, self.seed = num_samples, batch_size, update_freq, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.repeats = rank, world_size, repeats
         self.steps_per_epoch = num_samples // (batch_size * update_freq * world_size)
         self.set_position(0, 0)
 
@@ -692,10 +822,15 @@ class EpochSampler(torch.utils.data.Sampler):
         epoch = self.epoch
         order = self.order(epoch)
         for batch in range(self.step * self.update_freq, self.steps_per_epoch * self.update_freq):
-            yield [(epoch, int(index)) for index in self.part(order, batch)]
+            images = self.part(order, batch)[:: self.repeats].tolist()
+            yield [(epoch, index, repeat)[: 3 if repeat else 2] for index in images for repeat in range(self.repeats)]
 
     def order(self, epoch):
-        return np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.num_samples)
+        """The index of each sample's image."""
+        turn, part = divmod(epoch, self.repeats)
+        everything = np.random.default_rng(derive_seed(self.seed, turn)).permutation(self.num_samples)
+        count = self.num_samples // self.repeats
+        return everything[part * count : (part + 1) * count].repeat(self.repeats)
 
     def part(self, order, batch):
         """What this process takes of an order for its batch of that number."""
@@ -703,10 +838,13 @@ class EpochSampler(torch.utils.data.Sampler):
         return order[first : first + self.batch_size]
 
 
-def build_train_loader(dataset, args):
-    """The loader of a training set's batches and its sampler. Raises UserError if there is no whole optimizer step."""
+def build_train_loader(dataset, args, repeats=1):
+    """The loader of a training set's batches and its sampler, `EpochSampler`.
+
+    Raises UserError if there is no whole optimizer step, or if repeats does not divide --batch_size.
+    """
     sampler = EpochSampler(
-        len(dataset.images), args.batch_size, args.update_freq, args.seed, get_rank(), get_world_size()
+        len(dataset.images), args.batch_size, args.update_freq, args.seed, get_rank(), get_world_size(), repeats
     )
     if sampler.steps_per_epoch == 0:
         raise UserError(

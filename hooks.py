@@ -213,7 +213,8 @@ class RunState:
 
     def names_of_batch(self, batch):
         """The files of this process's batch of that number in this epoch."""
-        return [self.images.name(index) for index in self.sampler.part(self.sampler.order(self.epoch), batch)]
+        indices = self.sampler.part(self.sampler.order(self.epoch), batch)
+        return [self.images.name(index) for index in dict.fromkeys(indices.tolist())]
 
     def refuse_loss(self, loss, batch, names):
         """Raise TrainingError for a loss that is not finite; names: of the images that made it so on this process."""

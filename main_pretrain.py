@@ -57,6 +57,12 @@ def get_args_parser():
         "--scale", default=(0.2, 1.0), type=float, nargs=2, help="least and largest part of an image that a crop shows"
     )
     group.add_argument("--hflip", default=0.5, type=float, help="part of the images that is mirrored")
+    group.add_argument(
+        "--repeated_sampling",
+        default=1,
+        type=int,
+        help="samples from an image that is read, each with its crop and mask",
+    )
 
     group = parser.add_argument_group("pictures and probes")
     group.add_argument(
@@ -93,7 +99,7 @@ def check_args(args):
     optim_factory.check_schedule_args(args)
     datasets.check_loader_args(args)
     hooks.check_output_args(args, metrics=["train_loss", *(probe.METRICS if args.probe_freq else [])])
-    utils.check_least(args, 1, "decoder_embed_dim")
+    utils.check_least(args, 1, "decoder_embed_dim repeated_sampling")
     utils.check_least(args, 0, "decoder_depth picture_freq probe_freq")
     utils.check_part(args, "hflip")
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
@@ -122,7 +128,7 @@ def build_model(args):
 
 # What decides a run's numbers: a resumed run says if it changed.
 RUN_FLAGS = (
-    "mask_ratio norm_pix_loss data_set data_path scale hflip input_size use_amp amp_dtype num_images"
+    "mask_ratio norm_pix_loss data_set data_path scale hflip repeated_sampling input_size use_amp amp_dtype num_images"
 ).split() + optim_factory.SCHEDULE_FLAGS
 
 
@@ -152,7 +158,7 @@ def main(args):
     dataset = datasets.PretrainDataset(
         images, args.input_size, args.num_patches, args.seed, scale=args.scale, hflip=args.hflip
     )
-    loader, sampler = datasets.build_train_loader(dataset, args)
+    loader, sampler = datasets.build_train_loader(dataset, args, args.repeated_sampling)
 
     # model and optimizer
     torch.manual_seed(args.seed)

@@ -1,18 +1,25 @@
-"""What is read from which files, and that samples depend on nothing but (seed, epoch, index)."""
+"""What is read from which files, and that samples depend on nothing but (seed, epoch, index, repeat)."""
 
 import pickle
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
+from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.transforms import v2
 
 import datasets
 from datasets import Batch, ClassFolders, EpochSampler, ImageFolder, PretrainDataset, find_images, read_image
 from main_finetune import get_args_parser
 from utils import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
 RGB = np.stack([GREY, GREY * 2, 255 - GREY], axis=-1)
@@ -81,6 +88,81 @@ def test_arrays_of_any_number_of_channels(tmp_path):
         read_image(tmp_path / "a.npy", 3)
 
 
+# ---------------------------------------------------------------- JPEGs for pre-training
+
+PHOTO = Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427
+JPEGS = {
+    "usual": (PHOTO, {"quality": 90}),
+    "finest": (PHOTO, {"quality": 100, "subsampling": 0}),
+    "coarsest": (PHOTO, {"quality": 5, "subsampling": "4:1:1"}),
+    "progressive": (PHOTO, {"progressive": True, "subsampling": "4:2:2"}),
+    "no YCbCr": (PHOTO, {"keep_rgb": True}),
+    "odd size": (PHOTO.crop((0, 0, 333, 211)), {}),
+    "one pixel": (PHOTO.crop((0, 0, 1, 1)), {}),
+    "on its side": (PHOTO, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
+    "several": (PHOTO, {"format": "MPO", "save_all": True, "append_images": [PHOTO.rotate(180)]}),
+    "grey": (PHOTO.convert("L"), {}),
+    "CMYK": (PHOTO.convert("CMYK"), {}),
+}
+
+
+def fast_read(path, in_chans, shrink=1):
+    with datasets.open_image(path, in_chans) as image:
+        pixels = datasets.read_pixels(image, in_chans, shrink)
+    return pixels if torch.is_tensor(pixels) else v2.functional.pil_to_tensor(pixels)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The shapes that torchvision's decoder has returned."""
+    shapes, decode = [], datasets.decode_jpeg
+
+    def counting(data):
+        pixels = decode(data)
+        shapes.append(tuple(pixels.shape))
+        return pixels
+
+    monkeypatch.setattr(datasets, "decode_jpeg", counting)
+    return shapes
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_the_fast_decoder_reads_the_same_picture(tmp_path, decoded, kind, in_chans):
+    image, options = JPEGS[kind]
+    image.save(tmp_path / "a.jpg", **{"format": "JPEG"} | options)
+    expected = np.atleast_3d(read_image(tmp_path / "a.jpg", in_chans)).transpose(2, 0, 1)
+    assert np.array_equal(fast_read(tmp_path / "a.jpg", in_chans), expected)
+    convertible = kind == "grey" and in_chans < 4 or kind != "CMYK" and in_chans == 3
+    assert len(decoded) == convertible  # the others went through Pillow
+
+
+@pytest.mark.parametrize("decoder", ["missing", "failing"])
+def test_pillow_decodes_what_torchvision_does_not(tmp_path, monkeypatch, decoder):
+    def fail(_):
+        raise RuntimeError("unsupported")
+
+    PHOTO.save(tmp_path / "a.jpg")
+    monkeypatch.setattr(datasets, "decode_jpeg", fail if decoder == "failing" else None)
+    expected = np.asarray(read_image(tmp_path / "a.jpg", 3)).transpose(2, 0, 1)
+    assert np.array_equal(fast_read(tmp_path / "a.jpg", 3), expected)
+
+
+def test_a_truncated_jpeg_is_reported_wherever_it_ends(tmp_path):
+    PHOTO.save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    dataset = PretrainDataset(ImageFolder(tmp_path, 3), (8, 8), 1, seed=0)
+    for end in (0, 2, 100, 700, len(whole) // 2, len(whole) - 200, len(whole) - 2, len(whole) - 1):
+        (tmp_path / "a.jpg").write_bytes(whole[:end])
+        for size in ((8, 8), (400, 400)):  # decoded small, and whole
+            dataset.input_size = size
+            with pytest.raises(OSError, match="none of the 1 images can be read any more; the first: .*a.jpg"):
+                dataset[0, 0]
+
+
+# ---------------------------------------------------------------- folders
+
+
 def test_folders_flat_and_nested_without_hidden_files(tmp_path):
     image = Image.fromarray(RGB)
     for name in ("b.png", "deep/er/a.PNG", ".hidden.png", ".cache/c.png", "notes.txt"):
@@ -118,6 +200,133 @@ def test_digits_hold_out_a_fixed_fifth_with_all_classes():
 # ---------------------------------------------------------------- randomness
 
 
+def draw_crops(height, width, scale, count):
+    """(count, 4) top, left, height, width: as `draw_view` draws them, and as torchvision's transform does."""
+    dataset = PretrainDataset((), (32, 32), 1, seed=0, scale=scale)
+    ours = [dataset.draw_view((0, index), height, width)[:4] for index in range(count)]
+    draw, picture = transforms.RandomResizedCrop.get_params, torch.empty(1, 1, 1).expand(1, height, width)
+    with datasets.randomness_of(0):
+        return np.array(ours), np.array([draw(picture, scale, (3 / 4, 4 / 3)) for _ in range(count)])
+
+
+@pytest.mark.parametrize("size, scale", [((375, 500), (0.2, 1.0)), ((500, 120), (0.2, 1.0)), ((60, 80), (0.5, 0.6))])
+def test_crops_follow_the_law_of_random_resized_crop(size, scale):
+    def statistics(crops):
+        top, left, height, width = crops.T
+        assert crops.min() >= 0 and (top + height <= size[0]).all() and (left + width <= size[1]).all()
+        room = (size[0] - height + 1, size[1] - width + 1)
+        return height * width, width / height, top, left, top / room[0], left / room[1]
+
+    ours, torchvisions = map(statistics, draw_crops(*size, scale, count=3000))
+    for own, other in zip(ours, torchvisions, strict=True):
+        assert stats.ks_2samp(own, other).pvalue > 0.001
+    assert abs(np.corrcoef(ours[4], ours[5])[0, 1]) < 0.2  # the two places are independent
+
+
+@pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (1, 1), (30, 40)])
+def test_an_image_that_no_crop_fits_is_cropped_in_its_centre(size):
+    ours, torchvisions = draw_crops(*size, scale=(9.0, 9.0), count=1)  # nine times its area: none can
+    assert np.array_equal(ours, torchvisions)
+
+
+def view(top, left, height, width, mirrored=False):
+    return datasets.View(top, left, height, width, mirrored, torch.zeros(1))
+
+
+def cut_by_pillow(image, view, size):
+    """As the original's transform crops, resizes and mirrors."""
+    part = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+    pixels = v2.functional.pil_to_tensor(part.resize(size[::-1], Image.Resampling.BICUBIC)).int()
+    return pixels.flip(2) if view.mirrored else pixels
+
+
+SEE_THROUGH = PHOTO.convert("RGBA")  # its brighter half
+SEE_THROUGH.putalpha(PHOTO.convert("L").point(lambda grey: 255 * (grey < 128)))
+
+
+@pytest.mark.parametrize("image", [PHOTO, PHOTO.convert("L"), SEE_THROUGH], ids=lambda image: image.mode)
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_sample_is_what_pillow_makes_of_its_view_to_rounding(tmp_path, image, ending):
+    """Antialiased bicubic; colours that do not show do not bleed.
+
+    Where one side is enlarged and the other shrunk, tensors begin with the width, Pillow with what is less work, and
+    the few pixels that overshoot between the two differ.
+    """
+    image.convert("RGB" if image.mode == "RGBA" and ending == "jpg" else image.mode).save(tmp_path / f"a.{ending}")
+    for in_chans in (1, 3, 4):
+        images = ImageFolder(tmp_path, in_chans)
+        dataset = PretrainDataset(images, (288, 352), 1, seed=0)  # too large for a smaller decode
+        for index in range(3):
+            expected = cut_by_pillow(images.read(0), dataset.draw_view((index, 0), 427, 640), (288, 352))
+            difference = (dataset[index, 0][0].int() - expected).abs().float()
+            assert (difference <= 2).float().mean() > 0.999 and difference.mean() < 0.25
+
+
+@pytest.mark.parametrize("box", [(0, 0, 427, 640), (31, 57, 301, 333), (200, 100, 50, 70), (400, 600, 20, 30)])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_crop_is_what_pillow_makes_of_it_to_rounding(box, mirrored):
+    dataset = PretrainDataset((), (96, 64), 1, seed=0)
+    crop = view(*box, mirrored)
+    difference = dataset.cut(v2.functional.pil_to_tensor(PHOTO), crop).int() - cut_by_pillow(PHOTO, crop, (96, 64))
+    assert difference.abs().max() <= 2 and difference.float().abs().mean() < 0.1
+
+
+def test_half_of_the_samples_are_mirrored_whatever_their_crops():
+    def mirrored(hflip):
+        dataset = PretrainDataset((), (32, 32), 1, seed=0, hflip=hflip)
+        views = [dataset.draw_view((0, index), 300, 400) for index in range(1000)]
+        return np.array([view.mirrored for view in views]), np.array([view[:4] for view in views])
+
+    assert not mirrored(0)[0].any() and mirrored(1)[0].all() and 0.2 < mirrored(0.25)[0].mean() < 0.3
+    half, crops = mirrored(0.5)
+    assert 0.45 < half.mean() < 0.55
+    assert np.abs(np.corrcoef(half, crops.T)[0, 1:]).max() < 0.1
+
+
+@pytest.mark.parametrize("size", [(64, 96), (112, 112)])
+def test_a_jpeg_is_decoded_as_small_as_its_crops_allow(tmp_path, decoded, size):
+    PHOTO.resize((1500, 1001), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    dataset = PretrainDataset(ImageFolder(tmp_path, 3), size, 1, seed=0, scale=(0.001, 1.0))
+    shrinks = []
+    for index in range(40):
+        keys = [(0, index), (0, index, 1)]
+        pixels, views = dataset.read(0, keys)
+        drawn = [dataset.draw_view(key, 1001, 1500) for key in keys]
+        room = min(min(view.height / (size[0] + 1), view.width / (size[1] + 1)) for view in drawn)
+        shrinks.append(max(by for by in (1, 2, 4, 8) if by == 1 or by <= room))
+        assert pixels.shape == (3, -(-1001 // shrinks[-1]), -(-1500 // shrinks[-1]))
+        assert views == [view.shrunk(shrinks[-1]) for view in drawn]
+    assert set(shrinks) == {1, 2, 4, 8}
+    assert decoded == [(3, 1001, 1500)] * shrinks.count(1)
+
+
+def test_a_shrunk_view_is_large_enough_and_shows_the_same():
+    dataset = PretrainDataset((), (64, 96), 1, seed=0)
+    for index in range(300):
+        view = dataset.draw_view((0, index), 1001, 1500)
+        for by in (2, 4, 8):
+            if by <= datasets.most_shrink([view], (64, 96)):
+                small = view.shrunk(by)
+                assert small.height >= 64 and small.width >= 96
+                edges = (view.top, view.left, view.top + view.height, view.left + view.width)
+                moved = (small.top, small.left, small.top + small.height, small.left + small.width)
+                assert max(abs(edge / by - other) for edge, other in zip(edges, moved, strict=True)) <= 0.5
+
+
+@pytest.mark.parametrize("by", [2, 4, 8])
+def test_a_jpeg_decoded_smaller_looks_the_same(tmp_path, by):
+    """Where the crop just fits, it differs by less than moving the crop by half a pixel of the output would make it."""
+    PHOTO.resize((1500, 1001), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    dataset = PretrainDataset((), (64, 96), 1, seed=0)
+    whole, small = fast_read(tmp_path / "a.jpg", 3), fast_read(tmp_path / "a.jpg", 3, by)
+    for top, left in ((0, 0), (17, 31), (48, 60)):
+        same = view(top * by, left * by, 65 * by, 97 * by)
+        expected = dataset.cut(whole, same).float()
+        difference = dataset.cut(small, view(top, left, 65, 97)) - expected
+        moved = dataset.cut(whole, same._replace(top=same.top + by // 2)) - expected
+        assert difference.abs().mean() < 0.75 * moved.abs().mean() and difference.mean().abs() < 0.3
+
+
 def samples(dataset, keys):
     return [(image, noise) for image, noise, _ in (dataset[key] for key in keys)]
 
@@ -136,6 +345,13 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(image_folder):
     assert equal(a[0], b[1]) == equal(a[1], b[2]) == equal(a[2], b[0]) == (True, True)
     assert equal(a[0], a[1]) == (False, False)  # another epoch, another crop and mask
     assert equal(a[0], other[0, 3][:2]) == (False, False)
+
+
+def test_the_noise_of_a_mask_does_not_depend_on_the_image(image_folder):
+    with datasets.randomness_of(7, 2, 5):
+        expected = torch.rand(16)
+    dataset = PretrainDataset(ImageFolder(image_folder, 3), (32, 32), 16, seed=7, scale=(0.5, 0.6), hflip=1)
+    assert torch.equal(dataset[2, 5][1], expected)
 
 
 def test_drawing_a_sample_leaves_the_global_generators_alone(image_folder):
@@ -188,6 +404,85 @@ def test_a_step_takes_the_same_samples_however_divided():
     assert steps(8, 1, 1) == steps(4, 1, 2) == steps(4, 2, 1) == steps(2, 2, 2)
 
 
+# ---------------------------------------------------------------- repeated sampling
+
+
+def keys_of(epoch, step=0, count=22, batch_size=4, update_freq=1, rank=0, world_size=1, repeats=2):
+    sampler = EpochSampler(count, batch_size, update_freq, 3, rank, world_size, repeats)
+    sampler.set_position(epoch, step)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) and all(len(batch) == batch_size for batch in batches)
+    return batches
+
+
+def test_without_repeats_the_order_is_one_permutation_an_epoch():
+    order = np.random.default_rng(datasets.derive_seed(3, 5)).permutation(22)[:20]
+    assert [key for batch in keys_of(5, repeats=1) for key in batch] == [(5, index) for index in order]
+
+
+def test_repeats_share_a_batch_and_that_many_epochs_take_every_image():
+    for repeats in (2, 4):
+        seen = []
+        for epoch in range(4, 4 + repeats):
+            for batch in keys_of(epoch, count=24, repeats=repeats):
+                images = [key[1] for key in batch[::repeats]]
+                same = [[(epoch, i), *((epoch, i, repeat) for repeat in range(1, repeats))] for i in images]
+                assert batch == [key for keys in same for key in keys]
+                seen += images
+        assert sorted(seen) == list(range(24))
+    assert len(keys_of(0, repeats=4)) == len(keys_of(0, repeats=1)) == 5  # an epoch is as long
+
+
+def test_repeats_go_on_at_any_step_however_divided():
+    def steps(epoch, step=0, **division):
+        world_size, update_freq = division.get("world_size", 1), division.get("update_freq", 1)
+        ranks = [keys_of(epoch, step, rank=rank, **division) for rank in range(world_size)]
+        batches = [[key for keys in batch for key in keys] for batch in zip(*ranks, strict=True)]
+        return [sum(batches[i : i + update_freq], []) for i in range(0, len(batches), update_freq)]
+
+    for epoch in (0, 1, 5):
+        whole = steps(epoch, count=50, batch_size=8)
+        assert whole == steps(epoch, count=50, world_size=2) == steps(epoch, count=50, update_freq=2)
+        assert whole == steps(epoch, count=50, batch_size=2, update_freq=2, world_size=2)
+        assert all(whole[step:] == steps(epoch, step, count=50, world_size=2) for step in range(6))
+
+
+@pytest.mark.parametrize("repeats", [0, 3, 8])
+def test_repeats_must_divide_the_batch(repeats):
+    with pytest.raises(UserError, match=f"--repeated_sampling {repeats}: .* divide --batch_size 4"):
+        keys_of(0, repeats=repeats)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeats_are_samples_of_their_own_of_one_reading(image_folder, monkeypatch, workers):
+    images = ImageFolder(image_folder, 3)
+    dataset = PretrainDataset(images, (16, 16), 4, seed=0)
+    args = SimpleNamespace(
+        batch_size=8, update_freq=1, effective_batch_size=8, seed=0, num_workers=workers, pin_mem=False, device="cpu"
+    )
+    opened = []
+    monkeypatch.setattr(images, "open", lambda index: opened.append(index) or ImageFolder.open(images, index))
+    loader, sampler = datasets.build_train_loader(dataset, args, repeats=4)
+    batches, keys = list(loader), list(sampler)
+    assert len(batches) == len(keys) == 2 and (workers or opened == [batch[i][1] for batch in keys for i in (0, 4)])
+    for batch, own_keys in zip(batches, keys, strict=True):
+        alone = [dataset[key] for key in own_keys]
+        assert torch.equal(batch.imgs, torch.stack([image for image, _, _ in alone]))
+        assert torch.equal(batch.noise, torch.stack([noise for _, noise, _ in alone]))
+        assert len(batch.imgs.unique(dim=0)) == len(batch.noise.unique(dim=0)) == 8
+
+
+def test_an_unreadable_image_is_named_once_for_its_repeats(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("not an image")
+    dataset = PretrainDataset(ImageFolder(tmp_path, 3), (8, 8), 1, seed=0)
+    batch = Batch.collate(dataset.__getitems__([(0, 1), (0, 1, 1), (0, 0), (0, 0, 1)]))
+    assert len(batch.imgs) == 4 and len(batch.unreadable) == 1
+
+
+# ---------------------------------------------------------------- what cannot be read, and how much is
+
+
 def test_an_unreadable_image_is_named_and_the_next_stands_in(tmp_path):
     for name in "ac":
         Image.fromarray(RGB).save(tmp_path / f"{name}.png")
@@ -199,9 +494,24 @@ def test_an_unreadable_image_is_named_and_the_next_stands_in(tmp_path):
     assert dataset[0, 2][2] == []
 
 
-def test_normalize_matches_torchvision_and_inverts():
-    from torchvision.transforms import v2
+class ManyDigits(datasets.Digits):
+    """As long as ImageNet-1k."""
 
+    def __len__(self):
+        return 1_281_167
+
+
+def test_a_sample_costs_the_same_however_many_images_there_are():
+    images = ManyDigits(True, 3)
+    images.read(0)
+    tracemalloc.start()
+    datasets.read_or_next(images, 5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000  # bytes
+
+
+def test_normalize_matches_torchvision_and_inverts():
     imgs = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(imgs / 255)
     assert torch.allclose(datasets.normalize(imgs), expected, atol=1e-6)

@@ -62,6 +62,8 @@ def assert_one_clear_line(result, *words):
         ("--resume /no/such.pth", ["/no/such.pth", "No such file"]),
         ("--output_dir /dev/null/run", ["/dev/null/run", "cannot be written"]),
         ("@/no/such.args", ["/no/such.args"]),
+        ("--repeated_sampling 3", ["--repeated_sampling 3", "divide --batch_size"]),
+        ("--repeated_sampling 0", ["--repeated_sampling 0", "at least 1"]),
         ("--sched multistep", ["--decay_milestones None", "multistep"]),
         ("--decay_milestones 5 3", ["--decay_milestones 5 3"]),
         ("--decay_rate 0", ["--decay_rate 0"]),

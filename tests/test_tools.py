@@ -20,6 +20,9 @@ from timm.models.convnext import checkpoint_filter_fn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
+from tools import loaders
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = ROOT / "tests" / "fcmae_minkowski.safetensors"
@@ -316,6 +319,34 @@ def test_benchmark_times_every_contestant():
     assert not any("error" in row for row in rows.values()), rows
     assert all(len(row["times_ms"]) == 1 and row["times_ms"][0] > 1 for row in rows.values())
     assert all(row["peak_mib"] > 1 for row in rows.values())
+
+
+def test_benchmark_times_loaders(tool, monkeypatch, seed_and_one_thread):
+    monkeypatch.setattr(loaders, "COUNTS", {(50, 40): 8, (100, 80): 4})
+    status, out, _ = tool("benchmark", *"--part loader --input_size 64 --rounds 3 --json".split())
+    small, large = json.loads(out)["files"]
+    assert status == 0 and (small["files"], large["files"]) == ("JPEGs of 50 x 40", "JPEGs of 100 x 80")
+    for result, count in ((small, 8), (large, 4)):
+        original, *others = result["contestants"]
+        assert original["times_original"] == 1 and len(others) == 2
+        for row in (original, *others):
+            ratios = [a / b for a, b in zip(original["times_ms"], row["times_ms"], strict=True)]
+            assert row["times_original"] == pytest.approx(sorted(ratios)[1], abs=0.01)
+            assert row["images_per_s"] == pytest.approx(1e3 * count / sorted(row["times_ms"])[1], rel=0.01)
+    status, out, _ = tool("benchmark", *"--part loader --input_size 64 --rounds 1".split())
+    assert status == 0 and "JPEGs of 50 x 40, batch size 8" in out and "x original" in out
+
+
+def test_loaders_of_the_benchmark_deliver_as_many_images(tmp_path, monkeypatch):
+    loaders.draw_jpegs(tmp_path / "photographs", 8, (50, 40))
+    ((imgs, _),) = loaders.original(tmp_path, 32)
+    assert imgs.shape == (8, 3, 32, 32) and imgs.dtype == torch.float32 and imgs.min() < 0
+    for repeats in (1, 4):
+        loader = loaders.own(tmp_path, 32, repeats)
+        (batch,) = loader
+        assert batch.imgs.shape == (8, 3, 32, 32) and batch.imgs.dtype == torch.uint8
+        (keys,) = loader.batch_sampler
+        assert len({index for _, index, *_ in keys}) == 8 // repeats
 
 
 def test_benchmark_tells_mistakes_in_one_line(tool):

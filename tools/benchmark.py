@@ -2,6 +2,7 @@
 
     python -m tools.benchmark                              # atto and tiny, whole steps, GPU if there is one
     python -m tools.benchmark --part encoder --device cpu  # only the encoder, forward and backward
+    python -m tools.benchmark --part loader                # from JPEG files to batches, on one core
     python -m tools.benchmark --model convnextv2_base --batch_size 256 --dtype bfloat16 --compile
     python -m tools.benchmark --json > benchmark.json      # the same figures and every single time
 
@@ -22,6 +23,9 @@ Peak memory is that of the third step in a fresh process of the contestant's own
 and optimizer state included (torch.cuda.max_memory_allocated). CPU, on Linux: how far the process's resident memory
 rises during the step (VmHWM less VmRSS before), that is activations, gradients and workspace; weights and optimizer
 state are older, and the same for all. An error in one contestant stands in its row; the others go on.
+
+The contestants of --part loader are in tools/loaders.py: the original's transform, this project's loader, and the same
+with 4 crops an image. "x original" is the original's time over a contestant's: 2.00 delivers twice as many images.
 """
 
 import argparse
@@ -34,6 +38,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from importlib import metadata
@@ -200,23 +205,52 @@ def compare(name, contestants, batch_size, args):
     for c, row in rows.items():  # before anything of this process is on the device
         row |= memory_alone(name, c, batch_size, args)
     for c, row in rows.items():
-        if "error" not in row:
-            steps[c] = attempt(row, make_step, name, c, batch_size, args)
+        step = None if "error" in row else attempt(row, make_step, name, c, batch_size, args)
+        if step is not None:
+            steps[c] = step
+    time_rounds(rows, steps, args)
+    add_figures(rows, steps, batch_size)
+    for c in steps:
+        rows[c]["times_packed"] = median_ratio(rows[c], rows["packed"]) if "packed" in steps else None
+    return dict(model=name, batch_size=batch_size, contestants=list(rows.values()))
+
+
+def compare_loaders(args):
+    """Measure loading, for each size of files: a dict with a row for each contestant."""
+    from tools import loaders  # only here: it takes seconds, and each process of memory_alone imports this file
+
+    for size, count in loaders.COUNTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            steps = loaders.make_steps(folder, size, args.input_size)
+            rows = {c: dict(contestant=c, times_ms=[]) for c in steps}
+            time_rounds(rows, steps, args)
+        add_figures(rows, steps, count)
+        for c in steps:
+            rows[c]["times_original"] = median_ratio(rows["original"], rows[c]) if "original" in steps else None
+        yield dict(files="JPEGs of {} x {}".format(*size), batch_size=count, contestants=list(rows.values()))
+
+
+def time_rounds(rows, steps, args):
+    """Time a step of each contestant, round by round, into its row. One that fails is taken from steps."""
     for i in range(WARM_UP + args.rounds):
         for c in list(steps):
-            ms = None if "error" in rows[c] else attempt(rows[c], time_ms, steps[c], args.device)
+            ms = attempt(rows[c], time_ms, steps[c], args.device)
             if "error" in rows[c]:
                 del steps[c]  # and with it its memory
             elif i >= WARM_UP:
                 rows[c]["times_ms"].append(ms)
-    packed_ms = rows["packed"]["times_ms"] if "packed" in steps else None
+
+
+def add_figures(rows, steps, batch_size):
+    """Median and images/s of each contestant that did not fail."""
     for c in steps:
-        times = rows[c]["times_ms"]
-        rows[c]["median_ms"] = round(statistics.median(times), 2)
-        rows[c]["images_per_s"] = round(1e3 * batch_size / statistics.median(times), 1)
-        ratios = packed_ms and [ms / packed for ms, packed in zip(times, packed_ms, strict=True)]
-        rows[c]["times_packed"] = ratios and round(statistics.median(ratios), 2)
-    return dict(model=name, batch_size=batch_size, contestants=list(rows.values()))
+        median = statistics.median(rows[c]["times_ms"])
+        rows[c] |= dict(median_ms=round(median, 2), images_per_s=round(1e3 * batch_size / median, 1))
+
+
+def median_ratio(row, other):
+    """How many times as long a row took as another in the same round, median over rounds."""
+    return round(statistics.median(a / b for a, b in zip(row["times_ms"], other["times_ms"], strict=True)), 2)
 
 
 def describe(args):
@@ -234,34 +268,37 @@ def describe(args):
         minkowski = metadata.version("MinkowskiEngine")
     except metadata.PackageNotFoundError:
         minkowski = "not installed"
-    versions = dict(torch=torch.__version__, python=platform.python_version(), MinkowskiEngine=minkowski)
-    keys = ("part", "device", "dtype", "input_size", "mask_ratio", "rounds")
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pillow")}
+    versions |= dict(python=platform.python_version(), MinkowskiEngine=minkowski)
+    keys = ("part", "device", "input_size", "rounds") + ("dtype", "mask_ratio") * (args.part != "loader")
     settings = {key: getattr(args, key) for key in keys} | dict(warm_up=WARM_UP)
     return dict(machine=machine, versions=versions, settings=settings)
 
 
 def print_header(report):
-    """Machine, versions and settings, a line each, and the floor."""
+    """Machine, versions and settings, a line each, and for models the floor."""
     for title in ("machine", "versions", "settings"):
         print(f"{title}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report[title].items()))
-    visible, patches, ratio = report["floor"].values()
-    print(f"floor: {visible}/{patches} patches visible = {ratio:.2f} of dense unmasked's encoder")
-    for contestant, why in report["left_out"].items():
-        print(f"{contestant} left out: {why}")
+    if "floor" in report:
+        visible, patches, ratio = report["floor"].values()
+        print(f"floor: {visible}/{patches} patches visible = {ratio:.2f} of dense unmasked's encoder")
+        for contestant, why in report["left_out"].items():
+            print(f"{contestant} left out: {why}")
 
 
 def print_table(result):
-    print(f"\n{result['model']}, batch size {result['batch_size']}")
-    print(f"{'':16}{'median ms':>10}{'min - max':>18}{'images/s':>10}{'x packed':>10}{'peak MiB':>10}")
+    title, reference = (result["model"], "packed") if "model" in result else (result["files"], "original")
+    print(f"\n{title}, batch size {result['batch_size']}")
+    print(f"{'':16}{'median ms':>10}{'min - max':>18}{'images/s':>10}{f'x {reference}':>12}{'peak MiB':>10}")
     for row in result["contestants"]:
         if "error" in row:
             print(f"{row['contestant']:16}  failed: {row['error']}")
             continue
         spread = f"{min(row['times_ms']):.1f} - {max(row['times_ms']):.1f}"
-        ratio = "-" if row["times_packed"] is None else f"{row['times_packed']:.2f}"
-        peak = "-" if row["peak_mib"] is None else row["peak_mib"]
+        ratio = "-" if row[f"times_{reference}"] is None else f"{row[f'times_{reference}']:.2f}"
+        peak = row.get("peak_mib") or "-"
         print(
-            f"{row['contestant']:16}{row['median_ms']:>10.1f}{spread:>18}{row['images_per_s']:>10}{ratio:>10}{peak:>10}"
+            f"{row['contestant']:16}{row['median_ms']:>10.1f}{spread:>18}{row['images_per_s']:>10}{ratio:>12}{peak:>10}"
         )
 
 
@@ -288,7 +325,8 @@ def get_args_parser():
     work.add_argument("--batch_size", nargs="+", type=int, help="one, or one a model; None: by model and device")
     work.add_argument("--input_size", type=int, default=224, help="side of the images, a multiple of 32")
     work.add_argument("--mask_ratio", type=float, default=0.6, help="part of the patches that is removed")
-    work.add_argument("--part", choices=("encoder", "step"), default="step", help="encoder: forward, backward")
+    parts = ("encoder", "step", "loader")
+    work.add_argument("--part", choices=parts, default="step", help="encoder: forward, backward; loader: see the top")
     how = parser.add_argument_group("how")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how.add_argument("--device", choices=("cuda", "cpu"), default=device, help="where to run")
@@ -310,6 +348,8 @@ def parse_args():
         args.visible = fcmae.FCMAE.num_visible(None, args.patches, args.mask_ratio)
     except ValueError as error:
         parser.error(f"--{error}")
+    if args.part == "loader":
+        args.device = "cpu"
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -326,18 +366,25 @@ def parse_args():
 
 def main():
     args = parse_args()
-    contestants = ["packed"] + ["packed compiled"] * args.compile + ["dense masked", "dense unmasked"]
-    why = why_no_minkowski(args)
-    if why is None:
-        contestants.append("minkowski")
-    floor = dict(visible=args.visible, patches=args.patches, ratio=args.visible / args.patches)
-    report = describe(args) | dict(floor=floor, left_out={"minkowski": why} if why else {}, models=[])
+    if args.part == "loader":
+        torch.set_num_threads(1)  # as DataLoader's workers have
+        report, kind, results = describe(args), "files", compare_loaders(args)
+    else:
+        contestants = ["packed"] + ["packed compiled"] * args.compile + ["dense masked", "dense unmasked"]
+        why = why_no_minkowski(args)
+        if why is None:
+            contestants.append("minkowski")
+        floor = dict(visible=args.visible, patches=args.patches, ratio=args.visible / args.patches)
+        report, kind = describe(args) | dict(floor=floor, left_out={"minkowski": why} if why else {}), "models"
+        models = zip(args.model, args.batch_size, strict=True)
+        results = (compare(name, contestants, batch_size, args) for name, batch_size in models)
     if not args.json:
         print_header(report)
-    for name, batch_size in zip(args.model, args.batch_size, strict=True):
-        report["models"].append(compare(name, contestants, batch_size, args))
+    report[kind] = []
+    for result in results:
+        report[kind].append(result)
         if not args.json:
-            print_table(report["models"][-1])
+            print_table(result)
     if args.json:
         print(json.dumps(report, indent=1))
 
