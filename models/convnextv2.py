@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from models.checkpoints import get_weights, load_backbone, network_config, split_decoder
-from models.utils import GRN, LayerNorm, depthwise_conv, init_weights, run_block
+from models.utils import GRN, LayerNorm, depthwise_conv, grn_linear, init_weights, run_block
 from utils import UserError
 
 # Appendix A of the paper: blocks and channels of the four stages
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
     def mlp(self, x):
         """All that follows the depthwise convolution, site by site but for GRN: (N, ..., C) -> (N, ..., C)."""
-        return self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(x)))))
+        return grn_linear(self.act(self.pwconv1(self.norm(x))), self.grn, self.pwconv2)
 
     def forward(self, x):
         y = depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)

@@ -35,17 +35,32 @@ def _grad_by_autograd(function, inputs, grad):
     return tuple(next(grads) if x.requires_grad else None for x in inputs)
 
 
-class _GRN(torch.autograd.Function):
-    """gamma * (x * n) + beta + x of (N, ..., C), with the derivative by hand: it keeps x once and passes over it less.
+def _grn_statistics(x):
+    """Norm of each channel of x (N, ..., C) over space, and their mean: (N, ..., C) and (N, ..., 1).
 
-    Statistics are float32 at least: the sum of squares of float16 overflows.
+    float32 at least: the sum of squares of float16 overflows.
     """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = x.to(dtype).square().sum(tuple(range(1, x.ndim - 1)), keepdim=True).sqrt()
+    return norm, norm.mean(-1, keepdim=True) + 1e-6
+
+
+def _grn_gradients(grad_scale, x, gamma, norm, mean):
+    """From the gradient of GRN's scale 1 + gamma * n, n = norm / mean: that of gamma, and what x adds to its own."""
+    n = norm / mean
+    grad_n = grad_scale * gamma
+    grad_norm = (grad_n - (grad_n * n).mean(-1, keepdim=True)) / mean
+    # d norm / d x = x / norm, and 0 where a channel is zero on all sites
+    factor = torch.where(norm > 0, grad_norm / norm, 0)
+    return (grad_scale * n).flatten(0, -2).sum(0), factor.to(x.dtype)
+
+
+class _GRN(torch.autograd.Function):
+    """gamma * (x * n) + beta + x of (N, ..., C), with the derivative by hand: it keeps x once and passes over it less."""
 
     @staticmethod
     def forward(ctx, x, gamma, beta):
-        dtype, space = torch.promote_types(x.dtype, torch.float32), tuple(range(1, x.ndim - 1))
-        norm = x.to(dtype).square().sum(space, keepdim=True).sqrt()  # g: (N, ..., C), one value an image and channel
-        mean = norm.mean(-1, keepdim=True) + 1e-6
+        norm, mean = _grn_statistics(x)
         ctx.save_for_backward(x, gamma, beta, norm, mean)
         return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * norm / mean).to(x.dtype))
 
@@ -54,22 +69,59 @@ class _GRN(torch.autograd.Function):
         x, gamma, beta, norm, mean = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return _grad_by_autograd(_grn, (x, gamma, beta), grad)
-        space = tuple(range(1, x.ndim - 1))
-        n = norm / mean
-        grad_scale = (grad.to(norm.dtype) * x.to(norm.dtype)).sum(space, keepdim=True)  # of 1 + gamma * n
-        grad_n = grad_scale * gamma
-        grad_norm = (grad_n - (grad_n * n).mean(-1, keepdim=True)) / mean
-        # d norm / d x = x / norm, and 0 where a channel is zero on all sites
-        factor = torch.where(norm > 0, grad_norm / norm, 0)
-        grad_x = (grad * (1 + gamma * n).to(x.dtype)).addcmul_(x, factor.to(x.dtype))
-        grad_gamma = (grad_scale * n).flatten(0, -2).sum(0)
+        grad_scale = (grad.to(norm.dtype) * x.to(norm.dtype)).sum(tuple(range(1, x.ndim - 1)), keepdim=True)
+        grad_gamma, factor = _grn_gradients(grad_scale, x, gamma, norm, mean)
+        grad_x = (grad * (1 + gamma * norm / mean).to(x.dtype)).addcmul_(x, factor)
         return grad_x, grad_gamma, grad.flatten(0, -2).sum(0, dtype=norm.dtype)
+
+
+class _GRNLinear(torch.autograd.Function):
+    """A linear layer after GRN, (N, S, C) -> (N, S, D), with the scale of each image folded into its own weight.
+
+    GRN's output is never made, nor its gradient: both are as large as x, and every pass over them costs more than the
+    products where S is many times D. The gradients of scale and weight are sums over space of the same products of
+    x and grad, one (D, C) an image.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, weight, bias):
+        norm, mean = _grn_statistics(x)
+        ctx.save_for_backward(x, gamma, beta, weight, bias, norm, mean)
+        weights = (weight * (1 + gamma * norm / mean)).to(x.dtype)  # (N, D, C)
+        return torch.baddbmm((bias + weight @ beta).to(x.dtype), x, weights.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gamma, beta, weight, bias, norm, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _grad_by_autograd(_grn_linear, (x, gamma, beta, weight, bias), grad)
+        scale = 1 + gamma * norm / mean
+        products = torch.bmm(grad.transpose(1, 2), x).to(norm.dtype)  # (N, D, C)
+        grad_bias = grad.sum((0, 1), dtype=norm.dtype)
+        grad_weight = (products * scale).sum(0).addcmul_(grad_bias[:, None], beta)
+        grad_gamma, factor = _grn_gradients((products * weight).sum(1, keepdim=True), x, gamma, norm, mean)
+        grad_x = torch.bmm(grad, (weight * scale).to(x.dtype)).addcmul_(x, factor)
+        return grad_x, grad_gamma, grad_bias @ weight, grad_weight, grad_bias
 
 
 def _grn(x, gamma, beta):
     """What `_GRN` computes, in plain operations."""
     norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim - 1)), keepdim=True)
     return gamma * (x * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + beta + x
+
+
+def _grn_linear(x, gamma, beta, weight, bias):
+    """What `_GRNLinear` computes, in plain operations."""
+    return F.linear(_grn(x, gamma, beta), weight, bias)
+
+
+def grn_linear(x, grn, linear):
+    """linear(grn(x)) of x (N, ..., C), in whichever way takes fewer passes over memory."""
+    sites = x.shape[1:-1].numel()
+    if sites < 8 * linear.out_features:  # an image's own weight would be as large as its features
+        return linear(grn(x))
+    out = _GRNLinear.apply(x.flatten(1, -2), grn.gamma.flatten(), grn.beta.flatten(), linear.weight, linear.bias)
+    return out.view(*x.shape[:-1], -1)
 
 
 class GRN(nn.Module):
