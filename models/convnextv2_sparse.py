@@ -23,15 +23,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.convnextv2 import Block, make_downsample_layers, make_stages
-from models.utils import depthwise_conv, init_weights
+from models.utils import depthwise_conv, init_weights, runs_in_triton
 
 
 class Sites(NamedTuple):
-    """The active sites of one stage: where the packed rows lie on the canvas."""
+    """The active sites of one stage: where the packed rows lie on the canvas, site by site and patch by patch."""
 
     rows: torch.Tensor  # (N * S,) index of each packed row among the N * H * W sites of the canvas
     canvas: tuple  # N, H, W
     space_first: bool  # the canvas lies in memory as (H, W, N, C), which suits the CPU, or as (N, H, W, C)
+    visible: torch.Tensor  # (N, V) numbers of the visible patches, int32
+    slots: torch.Tensor  # (N, h, w) see `patch_slots`
 
 
 def z_order(k, device=None):
@@ -44,6 +46,13 @@ def z_order(k, device=None):
     return y, x
 
 
+def patch_slots(visible, grid):
+    """Numbers (N, V) of visible patches -> (N, h, w) which of the V each patch of the grid is, -1 if removed; int32."""
+    slots = torch.full((len(visible), grid[0] * grid[1]), -1, dtype=torch.int32, device=visible.device)
+    order = torch.arange(visible.shape[1], dtype=torch.int32, device=visible.device)
+    return slots.scatter(1, visible, order.expand_as(visible)).view(-1, *grid)
+
+
 def active_sites(visible, grid, k):
     """The sites of visible patches: (N, V) patch numbers on a grid of (h, w), k x k sites a patch -> `Sites`."""
     n, height, width = len(visible), grid[0] * k, grid[1] * k
@@ -53,7 +62,7 @@ def active_sites(visible, grid, k):
     image = torch.arange(n, device=visible.device)[:, None, None]
     space_first = visible.device.type == "cpu"
     rows = (y * width + x) * n + image if space_first else (image * height + y) * width + x
-    return Sites(rows.flatten(), (n, height, width), space_first)
+    return Sites(rows.flatten(), (n, height, width), space_first, visible.int(), patch_slots(visible, grid))
 
 
 def unpack(x, sites):
@@ -72,6 +81,15 @@ def pack(canvas, sites):
     return rows.view(sites.canvas[0], -1, rows.shape[-1])
 
 
+def sparse_depthwise_conv(x, weight, bias, sites):
+    """Submanifold sparse depthwise convolution: packed rows (N, S, C) with a kernel (C, 1, K, K) -> packed rows."""
+    if runs_in_triton(x, weight):
+        from models import kernels  # imports Triton
+
+        return kernels.sparse_depthwise_conv(x, weight, bias, sites.visible, sites.slots)
+    return pack(depthwise_conv(unpack(x, sites), weight, bias), sites)
+
+
 def norm_rows(norm, x):
     """A "channels_first" `LayerNorm` applied to packed rows (N, S, C), whose channels are last."""
     return nn.LayerNorm.forward(norm, x)
@@ -81,7 +99,7 @@ class SparseBlock(Block):
     """`Block` on packed rows: (N, S, C) -> (N, S, C)."""
 
     def forward(self, x, sites):
-        y = pack(depthwise_conv(unpack(x, sites), self.dwconv.weight, self.dwconv.bias), sites)
+        y = sparse_depthwise_conv(x, self.dwconv.weight, self.dwconv.bias, sites)
         return x + self.drop_path(self.mlp(y))
 
 

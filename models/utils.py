@@ -1,5 +1,8 @@
 """Layers that the dense and the sparse ConvNeXt V2 share."""
 
+import importlib.util
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -139,11 +142,31 @@ def _depthwise_conv(x, weight, bias):
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
+_triton_devices = ()
+
+
+def use_triton(on):
+    """Whether depthwise convolutions on CUDA run in the kernels of `models.kernels`. Without Triton they never do."""
+    global _triton_devices
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU too, slowly: for tests
+    devices = ("cuda", "cpu") if interpreted else ("cuda",)
+    _triton_devices = devices if on and importlib.util.find_spec("triton") else ()
+
+
+def runs_in_triton(x, weight):
+    """Whether the convolution of x with weight (C, 1, K, K) is to run in the kernels of `models.kernels`."""
+    return x.device.type in _triton_devices and weight.shape[-1] == 7
+
+
 def depthwise_conv(x, weight, bias):
     """Depthwise convolution, stride 1, zero padded: (N, C, H, W) with an odd square kernel (C, 1, K, K) -> the same.
 
     x should lie in memory as (N, H, W, C), on the CPU best as (H, W, N, C): (N, C, H, W) is 2 to 3 times slower.
     """
+    if runs_in_triton(x, weight):
+        from models import kernels  # imports Triton
+
+        return kernels.depthwise_conv(x, weight, bias)
     if x.device.type != "cpu":
         return _depthwise_conv(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
