@@ -43,18 +43,19 @@ WEIGHT_GRAD_PROGRAMS = 2 * 2 * 132
 SIZES = ["num_tiles", "tiles_per_program", "num_visible", "height", "width"]
 
 
+# Shared below: canvas = (slots or None, num_visible, height, width). The row y and column x of a tile count in tiles.
+
+
 @triton.jit
-def _output_tiles(
-    first, num_tiles, visible, num_visible, height, width, K: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr
-):
-    """Where the tiles first, first + 1, ... lie: image, row and column, the latter in tiles; (TILES,) each."""
+def _output_tiles(first, num_tiles, visible, canvas, K: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr):
+    """Image, row and column, (TILES,) each, of the tiles first, first + 1, ..."""
+    _, num_visible, height, width = canvas
     tile = first + tl.arange(0, TILES)
     if visible is None:
-        tiles_y = tl.cdiv(height, T)
-        tiles_x = tl.cdiv(width, T)
-        image = tile // (tiles_y * tiles_x)
-        y = tile // tiles_x % tiles_y
-        x = tile % tiles_x
+        across = tl.cdiv(width, T)
+        image = tile // (tl.cdiv(height, T) * across)
+        y = tile // across % tl.cdiv(height, T)
+        x = tile % across
     else:
         side: tl.constexpr = K // T  # of a patch in tiles: 1 or 2
         patch = tl.load(visible + tile // (side * side), mask=tile < num_tiles, other=0)
@@ -65,8 +66,9 @@ def _output_tiles(
 
 
 @triton.jit
-def _first_row(image, y, x, slots, num_visible, height, width, K: tl.constexpr, T: tl.constexpr):
+def _first_row(image, y, x, canvas, K: tl.constexpr, T: tl.constexpr):
     """The row of the first site of tiles, and whether they are there: on the canvas and not removed."""
+    slots, num_visible, height, width = canvas
     there = (y >= 0) & (y * T < height) & (x >= 0) & (x * T < width)
     if slots is None:
         row = (image * height + y * T) * width + x * T
@@ -80,8 +82,9 @@ def _first_row(image, y, x, slots, num_visible, height, width, K: tl.constexpr, 
 
 
 @triton.jit
-def _site(there, y, x, sy, sx, slots, height, width, T: tl.constexpr):
+def _site(there, y, x, sy, sx, canvas, T: tl.constexpr):
     """Site (sy, sx) of tiles: how many rows after the first, and whether it is there."""
+    slots, _, height, width = canvas
     if slots is None:  # the last tiles may reach beyond the canvas
         after = sy * width + sx
         there = there & (y * T + sy < height) & (x * T + sx < width)
@@ -92,10 +95,10 @@ def _site(there, y, x, sy, sx, slots, height, width, T: tl.constexpr):
 
 @triton.jit
 def _add_products(sums, factors, x, wy: tl.constexpr, wx: tl.constexpr, SUMS: tl.constexpr, FACTORS: tl.constexpr):
-    """sums[s] + factors[w - s] * x, where there is such a factor, for each s.
+    """sums[s] + factors[w - s] * x for each s, where there is such a factor.
 
-    Both are squares, SUMS and FACTORS wide, one of output sites and one of taps; x is the input at w = (wy, wx) of the
-    window around a tile: output site s meets it with tap w - s, or tap s at output site w - s.
+    Both are squares, SUMS and FACTORS wide: one of output sites, one of taps. x is the input at w = (wy, wx) of the
+    window around a tile: output site s meets it with tap w - s, and tap s at output site w - s.
     """
     result = ()
     for sy in tl.static_range(SUMS):
@@ -109,32 +112,19 @@ def _add_products(sums, factors, x, wy: tl.constexpr, wx: tl.constexpr, SUMS: tl
 
 @triton.jit
 def _correlate(
-    sums,
-    factors,
-    x,
-    image,
-    ty,
-    tx,
-    channel,
-    slots,
-    num_visible,
-    height,
-    width,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    SUMS: tl.constexpr,
-    FACTORS: tl.constexpr,
-):
-    """The sums with the products of the factors and of all inputs in the windows around tiles added."""
+    sums, factors, x, image, ty, tx, channel, canvas,
+    C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """The sums, SUMS x SUMS, with the products of factors and inputs in the window around each tile added."""
     REACH: tl.constexpr = (HALO + T - 1) // T  # of the halo in tiles
+    FACTORS: tl.constexpr = T + SIDE - SUMS  # T x T output sites and SIDE x SIDE taps, in either role
     for dy in tl.static_range(-REACH, REACH + 1):
         for dx in tl.static_range(-REACH, REACH + 1):
-            row, there = _first_row(image, ty + dy, tx + dx, slots, num_visible, height, width, K, T)
+            row, there = _first_row(image, ty + dy, tx + dx, canvas, K, T)
             pointers = x + row.to(tl.int64)[:, None] * C + channel[None, :]
             for sy in tl.static_range(max(0, -HALO - dy * T), min(T, T + HALO - dy * T)):
                 for sx in tl.static_range(max(0, -HALO - dx * T), min(T, T + HALO - dx * T)):
-                    after, here = _site(there, ty + dy, tx + dx, sy, sx, slots, height, width, T)
+                    after, here = _site(there, ty + dy, tx + dx, sy, sx, canvas, T)
                     mask = here[:, None] & (channel < C)[None, :]
                     value = tl.load(pointers + after * C, mask=mask, other=0).to(sums[0].dtype)
                     sums = _add_products(sums, factors, value, dy * T + sy + HALO, dx * T + sx + HALO, SUMS, FACTORS)
@@ -143,25 +133,12 @@ def _correlate(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_kernel(
-    x,
-    taps,
-    bias,
-    out,
-    visible,
-    slots,
-    num_tiles,
-    tiles_per_program,
-    num_visible,
-    height,
-    width,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    TILES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    x, taps, bias, out, visible, slots, num_tiles, tiles_per_program, num_visible, height, width,
+    C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """out = bias + the convolution of x with the taps. Programs: chunks of tiles x blocks of channels."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    canvas = (slots, num_visible, height, width)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     # One value a channel, but loaded as a whole block: each thread then holds those of the channels it works on.
     shared = tl.zeros((TILES, 1), tl.int32) + channel[None, :]
@@ -172,40 +149,28 @@ def _conv_kernel(
 
     begin = tl.program_id(0) * tiles_per_program
     for first in range(begin, tl.minimum(begin + tiles_per_program, num_tiles), TILES):
-        image, ty, tx = _output_tiles(first, num_tiles, visible, num_visible, height, width, K, T, TILES)
+        image, ty, tx = _output_tiles(first, num_tiles, visible, canvas, K, T, TILES)
         sums = ()
         for _ in tl.static_range(T * T):
             sums += (start,)
-        sums = _correlate(sums, factors, x, image, ty, tx, channel, slots, num_visible, height, width, C, K, T, T, SIDE)
-        row, there = _first_row(image, ty, tx, slots, num_visible, height, width, K, T)
+        sums = _correlate(sums, factors, x, image, ty, tx, channel, canvas, C, K, T, T)
+        row, there = _first_row(image, ty, tx, canvas, K, T)
         pointers = out + row.to(tl.int64)[:, None] * C + channel[None, :]
         for sy in tl.static_range(T):
             for sx in tl.static_range(T):
-                after, here = _site(there, ty, tx, sy, sx, slots, height, width, T)
+                after, here = _site(there, ty, tx, sy, sx, canvas, T)
                 mask = here[:, None] & (channel < C)[None, :]
                 tl.store(pointers + after * C, sums[sy * T + sx].to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _weight_grad_kernel(
-    x,
-    grad,
-    partial,
-    visible,
-    slots,
-    num_tiles,
-    tiles_per_program,
-    num_visible,
-    height,
-    width,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
-    TILES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    x, grad, partial, visible, slots, num_tiles, tiles_per_program, num_visible, height, width,
+    C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """partial (chunks, 50, C): the gradients of the 49 taps and of the bias from each chunk of tiles."""
     dtype: tl.constexpr = partial.dtype.element_ty
+    canvas = (slots, num_visible, height, width)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     bias = tl.zeros((TILES, CHANNELS), dtype)
     sums = ()
@@ -214,17 +179,17 @@ def _weight_grad_kernel(
 
     begin = tl.program_id(0) * tiles_per_program
     for first in range(begin, tl.minimum(begin + tiles_per_program, num_tiles), TILES):
-        image, ty, tx = _output_tiles(first, num_tiles, visible, num_visible, height, width, K, T, TILES)
-        row, there = _first_row(image, ty, tx, slots, num_visible, height, width, K, T)
+        image, ty, tx = _output_tiles(first, num_tiles, visible, canvas, K, T, TILES)
+        row, there = _first_row(image, ty, tx, canvas, K, T)
         pointers = grad + row.to(tl.int64)[:, None] * C + channel[None, :]
         factors = ()
         for sy in tl.static_range(T):
             for sx in tl.static_range(T):
-                after, here = _site(there, ty, tx, sy, sx, slots, height, width, T)
+                after, here = _site(there, ty, tx, sy, sx, canvas, T)
                 mask = here[:, None] & (channel < C)[None, :]
                 factors += (tl.load(pointers + after * C, mask=mask, other=0).to(dtype),)
                 bias += factors[sy * T + sx]
-        sums = _correlate(sums, factors, x, image, ty, tx, channel, slots, num_visible, height, width, C, K, T, SIDE, T)
+        sums = _correlate(sums, factors, x, image, ty, tx, channel, canvas, C, K, T, SIDE)
 
     pointers = partial + tl.program_id(0) * (SIDE * SIDE + 1) * C + channel
     for tap in tl.static_range(SIDE * SIDE):
