@@ -9,7 +9,8 @@ tensor is needed: the active sites are packed into rows, (N, S, C), a static sha
   * The sites of a patch lie in Z-order (a Morton curve), so that each four consecutive rows are a 2 x 2 square: the
     2 x 2 stride-2 convolution is a view, (N, S/4, 4C), and a matrix product.
   * Only the depthwise 7x7 crosses patches: the rows are scattered into a canvas of zeros, (N, C, H, W), convolved, and
-    the same rows gathered back. Output sites = input sites: that is submanifold sparse convolution.
+    the same rows gathered back. Output sites = input sites: that is submanifold sparse convolution. With `use_triton`
+    a kernel for CUDA reads and writes the rows where they are (`models.kernels`).
 
 Shapes: N images, h x w = L patches each, of which V visible; k x k sites a patch (k = 8, 4, 2, 1 by stage);
 H x W = hk x wk sites, of which S = V k^2 active; C channels. Parameters have the names and shapes of the dense

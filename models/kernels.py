@@ -238,6 +238,10 @@ def _sum_type(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _contiguous(*tensors):
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 @torch.library.custom_op("convnextv2::depthwise_conv", mutates_args=())
 def _conv(
     x: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor, visible: torch.Tensor | None, slots: torch.Tensor | None
@@ -249,8 +253,8 @@ def _conv(
 
 
 @_conv.register_kernel(DEVICES)
-def _(x, taps, bias, visible, slots):
-    x, taps, bias = x.contiguous(), taps.contiguous(), bias.contiguous()
+def _(*inputs):
+    x, taps, bias, visible, slots = _contiguous(*inputs)
     out = torch.empty_like(x)
     grid, sizes = _plan(x, visible, slots, CONV_PROGRAMS)
     with torch.cuda.device_of(x):
@@ -275,8 +279,8 @@ def _weight_grad(
 
 
 @_weight_grad.register_kernel(DEVICES)
-def _(x, grad, visible, slots):
-    x, grad = x.contiguous(), grad.contiguous()
+def _(*inputs):
+    x, grad, visible, slots = _contiguous(*inputs)
     grid, sizes = _plan(x, visible, slots, WEIGHT_GRAD_PROGRAMS)
     partial = x.new_empty(grid[0], 50, x.shape[-1], dtype=_sum_type(x))
     with torch.cuda.device_of(x):
@@ -333,7 +337,7 @@ def _apply(x, weight, bias, visible=None, slots=None):
     if torch.is_autocast_enabled(device):
         # The taps stay as they are: read once a program, summed in float32 in any case.
         x = x.to(torch.get_autocast_dtype(device))
-    return _conv(x, weight.flatten(1).t(), bias, visible, slots)
+    return _conv(x, weight.flatten(1).t().contiguous(), bias, visible, slots)
 
 
 def depthwise_conv(x, weight, bias):
