@@ -9,7 +9,8 @@ tensor is needed: the active sites are packed into rows, (N, S, C), a static sha
   * The sites of a patch lie in Z-order (a Morton curve), so that each four consecutive rows are a 2 x 2 square: the
     2 x 2 stride-2 convolution is a view, (N, S/4, 4C), and a matrix product.
   * Only the depthwise 7x7 crosses patches: the rows are scattered into a canvas of zeros, (N, C, H, W), convolved, and
-    the same rows gathered back. Output sites = input sites: that is submanifold sparse convolution.
+    the same rows gathered back. Output sites = input sites: that is submanifold sparse convolution. With `use_triton`
+    a kernel for CUDA reads and writes the rows where they are (`models.kernels`).
 
 Shapes: N images, h x w = L patches each, of which V visible; k x k sites a patch (k = 8, 4, 2, 1 by stage);
 H x W = hk x wk sites, of which S = V k^2 active; C channels. Parameters have the names and shapes of the dense
@@ -23,15 +24,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.convnextv2 import Block, make_downsample_layers, make_stages
-from models.utils import depthwise_conv, init_weights, run_block
+from models.utils import (
+    cast_as_autocast,
+    conv_as_it_lies,
+    depthwise_conv,
+    init_weights,
+    run_block,
+    runs_in_triton,
+    weight_grad_as_it_lies,
+)
 
 
 class Sites(NamedTuple):
-    """The active sites of one stage: where the packed rows lie on the canvas."""
+    """The active sites of one stage: where the packed rows lie on the canvas, site by site and patch by patch."""
 
     rows: torch.Tensor  # (N * S,) index of each packed row among the N * H * W sites of the canvas
     canvas: tuple  # N, H, W
     space_first: bool  # the canvas lies in memory as (H, W, N, C), which suits the CPU, or as (N, H, W, C)
+    visible: torch.Tensor  # (N, V) numbers of the visible patches, int32
+    slots: torch.Tensor  # (N, h, w) see `patch_slots`
+    scratch: dict  # canvases for `unpack` to use again
 
 
 def z_order(k, device=None):
@@ -44,6 +56,13 @@ def z_order(k, device=None):
     return y, x
 
 
+def patch_slots(visible, grid):
+    """Numbers (N, V) of visible patches -> (N, h, w) which of the V each patch of the grid is, -1 if removed; int32."""
+    slots = torch.full((len(visible), grid[0] * grid[1]), -1, dtype=torch.int32, device=visible.device)
+    order = torch.arange(visible.shape[1], dtype=torch.int32, device=visible.device)
+    return slots.scatter(1, visible, order.expand_as(visible)).view(-1, *grid)
+
+
 def active_sites(visible, grid, k):
     """The sites of visible patches: (N, V) patch numbers on a grid of (h, w), k x k sites a patch -> `Sites`."""
     n, height, width = len(visible), grid[0] * k, grid[1] * k
@@ -53,13 +72,21 @@ def active_sites(visible, grid, k):
     image = torch.arange(n, device=visible.device)[:, None, None]
     space_first = visible.device.type == "cpu"
     rows = (y * width + x) * n + image if space_first else (image * height + y) * width + x
-    return Sites(rows.flatten(), (n, height, width), space_first)
+    return Sites(rows.flatten(), (n, height, width), space_first, visible.int(), patch_slots(visible, grid), {})
 
 
-def unpack(x, sites):
-    """Packed rows (N, S, C) -> canvas (N, C, H, W), zero at the other sites."""
+def unpack(x, sites, scratch=None):
+    """Packed rows (N, S, C) -> canvas (N, C, H, W), zero at the other sites.
+
+    scratch: any name. The canvas is then the one that this name had before: for no longer than until the next call.
+    """
     n, h, w = sites.canvas
-    canvas = x.new_zeros(n * h * w, x.shape[-1]).index_copy_(0, sites.rows, x.flatten(0, 1))
+    canvas = sites.scratch.get((scratch, x.dtype)) if scratch else None
+    if canvas is None:
+        canvas = x.new_zeros(n * h * w, x.shape[-1])
+        if scratch:
+            sites.scratch[scratch, x.dtype] = canvas
+    canvas = canvas.index_copy_(0, sites.rows, x.flatten(0, 1))
     if sites.space_first:
         return canvas.view(h, w, n, -1).permute(2, 3, 0, 1)
     return canvas.view(n, h, w, -1).permute(0, 3, 1, 2)
@@ -72,6 +99,39 @@ def pack(canvas, sites):
     return rows.view(sites.canvas[0], -1, rows.shape[-1])
 
 
+class _SparseDepthwiseConvCPU(torch.autograd.Function):
+    """`pack(depthwise_conv(unpack(x)))` for the CPU, that neither keeps a canvas nor clears one for each block.
+
+    All blocks of a stage write to the same sites, so the others stay zero.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, sites):
+        ctx.save_for_backward(x, weight)
+        ctx.sites = sites
+        return pack(conv_as_it_lies(unpack(x, sites, "x"), weight, bias), sites)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_canvas = unpack(grad, ctx.sites, "grad")
+        grad_x = pack(conv_as_it_lies(grad_canvas, weight.flip(2, 3)), ctx.sites)
+        grad_weight = weight_grad_as_it_lies(unpack(x, ctx.sites, "x"), grad_canvas, weight)
+        return grad_x, grad_weight, grad.sum((0, 1)), None
+
+
+def sparse_depthwise_conv(x, weight, bias, sites):
+    """Submanifold sparse depthwise convolution: packed rows (N, S, C) with a kernel (C, 1, K, K) -> packed rows."""
+    if runs_in_triton(x, weight):
+        from models import kernels  # imports Triton
+
+        return kernels.sparse_depthwise_conv(x, weight, bias, sites.visible, sites.slots)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _SparseDepthwiseConvCPU.apply(*cast_as_autocast(x, weight, bias), sites)
+    return pack(depthwise_conv(unpack(x, sites), weight, bias), sites)
+
+
 def norm_rows(norm, x):
     """A "channels_first" `LayerNorm` applied to packed rows (N, S, C), whose channels are last."""
     return nn.LayerNorm.forward(norm, x)
@@ -81,7 +141,7 @@ class SparseBlock(Block):
     """`Block` on packed rows: (N, S, C) -> (N, S, C)."""
 
     def forward(self, x, sites):
-        y = pack(depthwise_conv(unpack(x, sites), self.dwconv.weight, self.dwconv.bias), sites)
+        y = sparse_depthwise_conv(x, self.dwconv.weight, self.dwconv.bias, sites)
         return x + self.drop_path(self.mlp(y))
 
 

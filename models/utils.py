@@ -1,5 +1,7 @@
 """Layers that the dense and the sparse ConvNeXt V2 share, and what a model costs."""
 
+import importlib.util
+import os
 from argparse import Namespace
 from typing import NamedTuple
 
@@ -56,7 +58,7 @@ def _grn_gradients(grad_scale, x, gamma, norm, mean):
 
 
 class _GRN(torch.autograd.Function):
-    """gamma * (x * n) + beta + x of (N, ..., C), with the derivative by hand: it keeps x once and passes over it less."""
+    """gamma * (x * n) + beta + x of (N, ..., C); the derivative by hand keeps x once and passes over it less."""
 
     @staticmethod
     def forward(ctx, x, gamma, beta):
@@ -152,7 +154,7 @@ def _unfold(x, n):
     return x.permute(2, 3, 0, 1).reshape(h, w, n, -1).permute(2, 3, 0, 1)
 
 
-def _conv_as_it_lies(x, weight, bias=None):
+def conv_as_it_lies(x, weight, bias=None):
     """Depthwise convolution of (N, C, H, W) that leaves the layout in memory as it is, (N, H, W, C) or (H, W, N, C)."""
     n, c = x.shape[:2]
     pad = weight.shape[-1] // 2
@@ -160,6 +162,13 @@ def _conv_as_it_lies(x, weight, bias=None):
         return F.conv2d(x, weight, bias, padding=pad, groups=c)
     bias = None if bias is None else bias.repeat(n)
     return _unfold(F.conv2d(_fold(x), weight.repeat(n, 1, 1, 1), bias, padding=pad, groups=n * c), n)
+
+
+def weight_grad_as_it_lies(x, grad, weight):
+    """The gradient of a depthwise convolution's weight from its input and its output's gradient, (N, C, H, W)."""
+    n, c = x.shape[:2]
+    products = F.conv2d(_fold(x), _fold(grad).transpose(0, 1), padding=weight.shape[-1] // 2, groups=n * c)
+    return products.view(n, *weight.shape).sum(0)
 
 
 class _DepthwiseConvCPU(torch.autograd.Function):
@@ -174,27 +183,36 @@ class _DepthwiseConvCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
-        return _conv_as_it_lies(x, weight, bias)
+        return conv_as_it_lies(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return _grad_by_autograd(_depthwise_conv, (x, weight, bias), grad)
-        (n, c), pad = x.shape[:2], weight.shape[-1] // 2
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _conv_as_it_lies(grad, weight.flip(2, 3))
-        if ctx.needs_input_grad[1]:
-            grad_weight = F.conv2d(_fold(x), _fold(grad).transpose(0, 1), padding=pad, groups=n * c)
-            grad_weight = grad_weight.view(n, *weight.shape).sum(0)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias
+        grad_x = conv_as_it_lies(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
+        grad_weight = weight_grad_as_it_lies(x, grad, weight) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
 
 
 def _depthwise_conv(x, weight, bias):
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+_triton_devices = ()
+
+
+def use_triton(on):
+    """Whether depthwise convolutions on CUDA run in the kernels of `models.kernels`. Without Triton they never do."""
+    global _triton_devices
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU too, slowly: for tests
+    devices = ("cuda", "cpu") if interpreted else ("cuda",)
+    _triton_devices = devices if on and importlib.util.find_spec("triton") else ()
+
+
+def runs_in_triton(x, weight):
+    """Whether the convolution of x with weight (C, 1, K, K) is to run in the kernels of `models.kernels`."""
+    return x.device.type in _triton_devices and weight.shape[-1] == 7
 
 
 def depthwise_conv(x, weight, bias):
@@ -202,13 +220,20 @@ def depthwise_conv(x, weight, bias):
 
     x should lie in memory as (N, H, W, C), on the CPU best as (H, W, N, C): (N, C, H, W) is 2 to 3 times slower.
     """
+    if runs_in_triton(x, weight):
+        from models import kernels  # imports Triton
+
+        return kernels.depthwise_conv(x, weight, bias)
     if x.device.type != "cpu":
         return _depthwise_conv(x, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        # Autocast does not reach into autograd functions, so its casts are made here.
-        dtype = torch.get_autocast_dtype("cpu")
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    return _DepthwiseConvCPU.apply(x, weight, bias)
+    return _DepthwiseConvCPU.apply(*cast_as_autocast(x, weight, bias))
+
+
+def cast_as_autocast(*tensors):
+    """Tensors on the CPU as autocast would cast them, which does not reach into autograd functions."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return [x.to(torch.get_autocast_dtype("cpu")) for x in tensors]
 
 
 def run_block(checkpointing, block, *inputs):

@@ -14,8 +14,7 @@ import torch
 
 import utils
 from datasets import COLOUR_MODES, Digits, find_images, read_files
-from models.convnextv2 import from_checkpoint
-from models.utils import GRN
+from models.convnextv2 import Block, from_checkpoint
 from tools.figure import add_legend, add_names, check_figure, colours, make_figure, save_figure, short_names
 from tools.predict import build_eval_transform
 from utils import UserError
@@ -62,27 +61,25 @@ def dead_channels(x):
 @torch.inference_mode()
 def measure(model, images):
     """The `Layer` of every block in order. model: a `ConvNeXtV2`; images: a list of tensors (in_chans, H, W)."""
-    grns = {name.removesuffix(".grn"): module for name, module in model.named_modules() if isinstance(module, GRN)}
-    sums = dict.fromkeys(grns, 0)
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
+    sums = dict.fromkeys(blocks, 0)
     device = next(model.parameters()).device
 
-    def watch(block):
-        def add(grn, inputs, output):
-            (x,) = inputs  # (N, H, W, 4C)
-            sums[block] = sums[block] + torch.stack(
-                [cosine_distance(x), cosine_distance(output), dead_channels(x)]
-            ).sum(1)
+    def watch(name, grn):
+        def add(act, inputs, x):  # (N, H, W, 4C)
+            measured = [cosine_distance(x), cosine_distance(grn(x)), dead_channels(x)]
+            sums[name] = sums[name] + torch.stack(measured).sum(1)
 
         return add
 
-    handles = [grn.register_forward_hook(watch(block)) for block, grn in grns.items()]
+    handles = [block.act.register_forward_hook(watch(name, block.grn)) for name, block in blocks.items()]
     for first in range(0, len(images), BATCH):
         batch = torch.stack(images[first : first + BATCH]).to(device)
         model.forward_features(batch)
     for handle in handles:
         handle.remove()
-    last = max(len(grns) - 1, 1)
-    return [Layer(block, i / last, *(sums[block] / len(images)).tolist()) for i, block in enumerate(grns)]
+    last = max(len(blocks) - 1, 1)
+    return [Layer(block, i / last, *(sums[block] / len(images)).tolist()) for i, block in enumerate(blocks)]
 
 
 def get_args_parser():

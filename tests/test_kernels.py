@@ -1,0 +1,385 @@
+"""What the Triton kernels promise: submanifold and dense depthwise convolution and their derivatives, and no more.
+
+On a machine with CUDA they run there. Elsewhere Triton's interpreter runs them on the CPU: it must be chosen before
+Triton is imported, so one test here runs this file once more, in a process of its own. The reference is written down
+from the definition: sites in a dictionary of places, PyTorch's own convolution of float64, its own derivatives.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import gap, randomise
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from models import utils
+from models.convnextv2 import Block
+from models.convnextv2_sparse import SparseBlock, active_sites, patch_slots, sparse_depthwise_conv
+from models.fcmae import FCMAE
+from models.utils import depthwise_conv, use_triton
+
+triton = pytest.importorskip("triton")
+from models import kernels  # noqa: E402, imports Triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="see test_kernels_in_the_interpreter")
+on_the_host = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
+
+pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
+TINY = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+# Largest error relative to the largest value: sums are float32, results rounded (by the interpreter towards zero)
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture(autouse=True)
+def switch_and_blocks(monkeypatch):
+    """The switch is off after each test. The interpreter takes larger blocks: it spends its time on their number."""
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "BLOCK", 2048)
+    yield
+    use_triton(False)
+
+
+@on_the_host
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU here")
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    print(result.stdout)
+    assert result.returncode == 0
+
+
+# ---- The reference
+
+
+def places(patch, grid_width, k):
+    """Row and column of each site of a patch, in Z-order by its definition: quarter by quarter."""
+    if k == 1:
+        return [divmod(patch, grid_width)]
+    return [(2 * y + dy, 2 * x + dx) for y, x in places(patch, grid_width, k // 2) for dy in (0, 1) for dx in (0, 1)]
+
+
+def reference(x, weight, bias, visible, grid, k):
+    """Submanifold sparse convolution of rows (N, S, C): dense on a canvas of zeros, the active sites read back."""
+    at = [[place for patch in patches for place in places(patch, grid[1], k)] for patches in visible.tolist()]
+    rows, columns = torch.tensor(at, device=x.device).permute(2, 0, 1)  # (N, S) each
+    images = torch.arange(len(x), device=x.device)[:, None].expand_as(rows)
+    canvas = x.new_zeros(len(x), grid[0] * k, grid[1] * k, x.shape[-1])
+    canvas = canvas.index_put((images, rows, columns), x).permute(0, 3, 1, 2)
+    y = F.conv2d(canvas, weight, bias, padding=3, groups=len(weight))
+    return y.permute(0, 2, 3, 1)[images, rows, columns]
+
+
+def dense_reference(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=3, groups=len(weight))
+
+
+def outputs_and_grads(function, *inputs):
+    """The output of function(*inputs), and the gradients of a fixed random projection of it for each input."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    projection = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    # Values that every type holds, so that types can be compared
+    projection = projection.bfloat16().to(y)
+    return [y, *torch.autograd.grad(y, inputs, projection)]
+
+
+def assert_close(results, expected, tolerance):
+    gaps = [gap(a.double(), b.double()) for a, b in zip(results, expected, strict=True)]
+    assert max(gaps) <= tolerance, gaps
+
+
+def random_inputs(*shape, dtype=torch.float64):
+    """x of that shape, channels first or last by its length, with weight and bias; values of the type."""
+    channels = shape[1] if len(shape) == 4 else shape[2]
+    shapes = shape, (channels, 1, 7, 7), (channels,)
+    return [torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
+
+
+def random_visible(n, grid, num_visible):
+    """Numbers (n, num_visible) of visible patches, in order, in each image others."""
+    patches = [torch.randperm(grid[0] * grid[1])[:num_visible].sort().values for _ in range(n)]
+    return torch.stack(patches).to(DEVICE)
+
+
+def check_packed(n, grid, num_visible, k, channels, dtype=torch.float64):
+    use_triton(True)
+    visible = random_visible(n, grid, num_visible)
+    sites = active_sites(visible, grid, k)
+    inputs = random_inputs(n, num_visible * k * k, channels, dtype=dtype)
+    results = outputs_and_grads(lambda *inputs: sparse_depthwise_conv(*inputs, sites), *inputs)
+    assert [result.dtype for result in results] == [dtype] * 4
+    inputs = [x.double() for x in inputs]
+    assert_close(results, outputs_and_grads(lambda *x: reference(*x, visible, grid, k), *inputs), TOLERANCE[dtype])
+
+
+def check_dense(*shape, dtype=torch.float64):
+    use_triton(True)
+    x, weight, bias = random_inputs(*shape, dtype=dtype)
+    results = outputs_and_grads(depthwise_conv, x.contiguous(memory_format=torch.channels_last), weight, bias)
+    assert [result.dtype for result in results] == [dtype] * 4
+    assert_close(
+        results, outputs_and_grads(dense_reference, *(x.double() for x in (x, weight, bias))), TOLERANCE[dtype]
+    )
+
+
+# ---- The kernels compute the convolution
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("k", "n", "grid", "num_visible"),
+    [
+        (8, 1, (2, 2), 3),
+        (4, 2, (2, 3), 3),
+        (2, 2, (3, 4), 5),
+        (2, 1, (5, 5), 10),
+        (1, 3, (4, 5), 8),
+        (1, 2, (8, 9), 30),
+    ],
+)
+def test_packed_convolution_and_gradients_of_each_stage(k, n, grid, num_visible):
+    check_packed(n, grid, num_visible, k, channels=40)
+
+
+@needs_kernels
+@pytest.mark.parametrize("k", [4, 1])
+@pytest.mark.parametrize("num_visible", [1, 6], ids=["one visible", "all visible"])
+def test_packed_convolution_of_one_or_all_patches(k, num_visible):
+    check_packed(2, (2, 3), num_visible, k, channels=8)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [(1, 1), (7, 8), (9, 13)], ids=str)
+def test_dense_convolution_and_gradients(size):
+    check_dense(2, 40, *size)
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels", [1, 48, 88, 128])
+def test_channels_need_not_fill_the_blocks(channels):
+    check_packed(2, (3, 3), 4, 1, channels)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_results_are_of_the_inputs_type_and_as_close_as_it_allows(dtype):
+    check_packed(2, (4, 4), 6, 2, 16, dtype)
+
+
+@needs_kernels
+def test_programs_may_walk_over_many_tiles(monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    monkeypatch.setattr(kernels, "CONV_PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "WEIGHT_GRAD_PROGRAMS", 2)
+    check_packed(3, (3, 3), 7, 2, channels=8)  # 21 tiles in blocks of 8: one program does two of these, one the rest
+
+
+@needs_kernels
+def test_sums_are_not_of_float16():
+    use_triton(True)
+    x = torch.full((1, 1, 8, 8), 200.0, device=DEVICE, dtype=torch.float16)
+    weight = torch.tensor([-16.0] * 28 + [16.0] * 21).view(1, 1, 7, 7).to(x)  # up to -89600, then back to -22400
+    expected = dense_reference(x.double(), weight.double(), x.new_zeros(1).double())
+    assert torch.equal(depthwise_conv(x, weight, x.new_zeros(1)), expected.half())
+
+
+@needs_kernels
+def test_results_are_the_same_bits_each_time():
+    use_triton(True)
+    sites = active_sites(random_visible(4, (3, 3), 5), (3, 3), 2)
+    inputs = random_inputs(4, 20, 40, dtype=torch.float32)
+    first, second = (outputs_and_grads(lambda *x: sparse_depthwise_conv(*x, sites), *inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_kernels
+def test_autocast_sets_the_type_of_the_result_and_leaves_the_weight_gradient_float32():
+    use_triton(True)
+    x, weight, bias = (x.requires_grad_() for x in random_inputs(2, 8, 5, 5, dtype=torch.float32))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = depthwise_conv(x, weight, bias)
+    grads = torch.autograd.grad(y.float().square().sum(), (x, weight, bias))
+    assert y.dtype == torch.bfloat16 and {grad.dtype for grad in grads} == {torch.float32}
+    expected = dense_reference(x, weight, bias)
+    expected = [expected, *torch.autograd.grad(expected.square().sum(), (x, weight, bias))]
+    assert_close([y, *grads], expected, 2**-6)
+
+
+# ---- They are operators of PyTorch
+
+
+def operators(packed):
+    """The two operators with small arguments, float64 with gradients: x, taps, bias, tables; x, gradient, tables."""
+    visible = torch.tensor([[0, 3], [1, 2]], device=DEVICE)
+    tables = [visible.int(), patch_slots(visible, (2, 2))] if packed else [None, None]
+    x, grad = torch.randn(2, *((2, 8, 3) if packed else (2, 3, 2, 3)), dtype=torch.float64, device=DEVICE)
+    taps, bias = torch.randn(49, 3).to(x), torch.randn(3).to(x)
+    for tensor in (x, grad, taps, bias):
+        tensor.requires_grad_()
+    return (kernels._conv, (x, taps, bias, *tables)), (kernels._weight_grad, (x, grad, *tables))
+
+
+PACKED = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+
+
+@on_the_host
+@PACKED
+def test_operators_pass_the_checks_of_pytorch(packed):
+    for operator, inputs in operators(packed):
+        torch.library.opcheck(operator, inputs)
+
+
+@on_the_host
+@PACKED
+def test_operators_have_the_derivatives_of_finite_differences_and_those_too(packed):
+    for operator, inputs in operators(packed):
+        assert torch.autograd.gradcheck(operator, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(operator, inputs, fast_mode=True)
+
+
+@needs_kernels
+def test_kernels_pass_the_checks_of_pytorch():
+    for operator, inputs in operators(packed=True):
+        torch.library.opcheck(operator, inputs)
+
+
+@needs_kernels
+@PACKED
+def test_kernel_equals_the_reference_beside_it(packed):
+    for operator, inputs in operators(packed):
+        results, expected = (tree_leaves(f(*inputs)) for f in (operator, operator._init_fn))
+        assert_close(results, expected, 1e-14)
+
+
+@needs_kernels
+def test_second_derivatives_are_those_of_pytorch():
+    """A product with the Hessian, as AdaHessian takes it."""
+    visible = random_visible(2, (2, 2), 3)
+    sites = active_sites(visible, (2, 2), 1)
+    inputs = random_inputs(2, 3, 4)
+    direction = [torch.randn_like(x) for x in inputs]
+
+    def hessian_times_direction(function):
+        copies = [x.clone().requires_grad_() for x in inputs]
+        grads = torch.autograd.grad(function(*copies).pow(3).sum(), copies, create_graph=True)
+        return torch.autograd.grad(grads, copies, direction)
+
+    use_triton(True)
+    results = hessian_times_direction(lambda *x: sparse_depthwise_conv(*x, sites))
+    assert_close(results, hessian_times_direction(lambda *x: reference(*x, visible, (2, 2), 1)), 1e-13)
+
+
+def make_fcmae():
+    return randomise(FCMAE(16, patch_size=8, decoder_embed_dim=16, norm_pix_loss=True, **TINY)).to(DEVICE)
+
+
+def fcmae_step(model):
+    """Loss, prediction and all gradients for fixed images."""
+    generator = torch.Generator().manual_seed(2)
+    imgs, noise = torch.randn(2, 3, 16, 16, generator=generator), torch.rand(2, 4, generator=generator)
+    loss, pred, _ = model(imgs.to(DEVICE), mask_ratio=0.5, noise=noise.to(DEVICE))
+    return [loss, pred, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@needs_kernels
+def test_compiled_pretraining_step_keeps_the_kernels_and_is_that_of_plain_pytorch():
+    model, operators = make_fcmae(), Counter()
+    plain = fcmae_step(model)
+
+    def keep(graph, inputs):
+        operators.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    use_triton(True)
+    # The backend "aot_eager", but that it shows its graphs, forward and backward
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    assert_close(fcmae_step(compiled), plain, 1e-5)
+    # Four blocks in the encoder, one in the decoder; each convolution once forward and once backward
+    assert operators["convnextv2.depthwise_conv.default"] == 10
+    assert operators["convnextv2.depthwise_conv_weight_grad.default"] == 5
+
+
+@needs_kernels
+@pytest.mark.parametrize("block", [Block, SparseBlock])
+def test_block_is_that_of_plain_pytorch(block):
+    block = randomise(block(8)).to(DEVICE)
+    sites = [active_sites(random_visible(2, (3, 3), 5), (3, 3), 1)] if isinstance(block, SparseBlock) else []
+    x = torch.randn((2, 5, 8) if sites else (2, 8, 3, 4), device=DEVICE, requires_grad=True)
+
+    def step():
+        y = block(x, *sites)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
+
+    plain = step()
+    use_triton(True)
+    assert_close(step(), plain, 1e-5)
+
+
+# ---- Where they run
+
+
+@on_the_host
+def test_kernels_are_for_cuda_where_the_switch_is_on_and_triton_is_there(monkeypatch):
+    with FakeTensorMode():
+        cpu, cuda = (torch.empty(1, 8, 4, 4, device=device) for device in ("cpu", "cuda"))
+    weight = torch.empty(8, 1, 7, 7)
+    assert not utils.runs_in_triton(cuda, weight)
+    use_triton(True)
+    assert utils.runs_in_triton(cuda, weight)
+    assert not utils.runs_in_triton(cuda, weight[..., :5, :5]) and not utils.runs_in_triton(cpu, weight)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    use_triton(True)
+    assert not utils.runs_in_triton(cuda, weight)
+
+
+@on_the_host
+def test_on_the_cpu_the_switch_changes_no_bit():
+    model = make_fcmae().cpu()
+    off = fcmae_step(model)
+    use_triton(True)
+    assert all(torch.equal(a, b) for a, b in zip(fcmae_step(model), off, strict=True))
+
+
+@on_the_host
+def test_models_do_without_triton():
+    code = """
+        import sys
+        sys.modules["triton"] = None  # its import fails
+        import torch
+        from models import utils, convnextv2, fcmae
+        utils.use_triton(True)
+        fcmae.FCMAE(32, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))(torch.zeros(1, 3, 64, 64))
+        assert "models.kernels" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=Path(__file__).parents[1])
+
+
+@on_the_host
+@pytest.mark.parametrize("kernel", ["_conv_kernel", "_weight_grad_kernel"])
+def test_kernels_compile_for_hopper_and_keep_their_sums_in_registers(kernel, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(kernels, kernel)
+    constants = dict(C=80, K=1, T=1, TILES=4, CHANNELS=64)
+    types = dict.fromkeys(("x", "out", "grad"), "*bf16") | dict.fromkeys(("taps", "bias", "partial"), "*fp32")
+    types |= dict.fromkeys(("visible", "slots"), "*i32") | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.NUM_WARPS})
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", binary], check=True, capture_output=True, text=True).stdout
+    assert "STACK:0" in usage and "LOCAL:0" in usage
