@@ -45,6 +45,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from models.utils import use_triton
+
 CHECKPOINT_FORMAT = 1
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -248,6 +250,12 @@ def add_machine_args(parser):
     group.add_argument("--amp_dtype", default="bfloat16", choices=tuple(AMP_DTYPES), help="its type")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument(
+        "--triton",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="depthwise convolutions by kernels of this project, on CUDA where Triton is installed",
+    )
+    group.add_argument(
         "--grad_checkpointing",
         action="store_true",
         help="make activations again in the backward pass: less memory, more time",
@@ -288,6 +296,7 @@ def check_device(args):
 
 def for_device(model, args):
     """The model as it is trained: compiled, if args.compile, and its gradients averaged over processes, if several."""
+    use_triton(args.triton)
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.compile:
         model = torch.compile(model)

@@ -20,6 +20,7 @@ last, (49, C).
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -242,6 +243,22 @@ def _contiguous(*tensors):
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
+def _or_reference(reference):
+    """Decorator of an operator's kernel: where Triton fails, as for a GPU that it does not know, the reference runs."""
+
+    def decorate(kernel):
+        def run(*inputs):
+            try:
+                return kernel(*inputs)
+            except Exception as error:
+                warnings.warn(f"Triton kernel failed, PyTorch's convolution stands in: {error!r}", stacklevel=2)
+                return reference(*inputs)
+
+        return run
+
+    return decorate
+
+
 @torch.library.custom_op("convnextv2::depthwise_conv", mutates_args=())
 def _conv(
     x: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor, visible: torch.Tensor | None, slots: torch.Tensor | None
@@ -253,6 +270,7 @@ def _conv(
 
 
 @_conv.register_kernel(DEVICES)
+@_or_reference(_conv._init_fn)
 def _(*inputs):
     x, taps, bias, visible, slots = _contiguous(*inputs)
     out = torch.empty_like(x)
@@ -279,6 +297,7 @@ def _weight_grad(
 
 
 @_weight_grad.register_kernel(DEVICES)
+@_or_reference(_weight_grad._init_fn)
 def _(*inputs):
     x, grad, visible, slots = _contiguous(*inputs)
     grid, sizes = _plan(x, visible, slots, WEIGHT_GRAD_PROGRAMS)

@@ -263,6 +263,20 @@ def test_kernel_equals_the_reference_beside_it(packed):
 
 
 @needs_kernels
+@PACKED
+def test_the_reference_stands_in_for_a_kernel_that_fails(packed, monkeypatch):
+    (operator, inputs), _ = operators(packed)
+    expected = operator(*inputs)
+
+    class Failing:
+        def __getitem__(self, grid):
+            raise RuntimeError("no such GPU")
+
+    monkeypatch.setattr(kernels, "_conv_kernel", Failing())
+    with pytest.warns(UserWarning, match="Triton kernel failed.*no such GPU"):
+        assert_close([operator(*inputs)], [expected], 1e-14)
+
+
 def test_second_derivatives_are_those_of_pytorch():
     """A product with the Hessian, as AdaHessian takes it."""
     visible = random_visible(2, (2, 2), 3)

@@ -440,7 +440,7 @@ def test_masking_saves_most_of_the_multiply_adds():
     """Of an encoder, without its stem: all is done at 19 of 49 patches, but for the depthwise canvas."""
     whole = cost(convnextv2.convnextv2_base, (1, 3, 224, 224))
     masked = cost(lambda: fcmae.convnextv2_base(mask_ratio=0.6), (1, 3, 224, 224))
-    assert 19 / 49 < masked.multiply_adds / whole.multiply_adds < 0.45 and masked.activations < 0.5 * whole.activations
+    assert 19 / 49 < masked.multiply_adds / whole.multiply_adds < 0.45 and masked.activations < 0.52 * whole.activations
 
 
 @pytest.mark.parametrize("build", [make_fcmae, lambda **_: randomise(ConvNeXtV2(num_classes=5, **TINY))])
