@@ -28,6 +28,7 @@ from models.utils import (
     cast_as_autocast,
     conv_as_it_lies,
     depthwise_conv,
+    grad_by_autograd,
     init_weights,
     run_block,
     runs_in_triton,
@@ -107,14 +108,19 @@ class _SparseDepthwiseConvCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, sites):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         ctx.sites = sites
         return pack(conv_as_it_lies(unpack(x, sites, "x"), weight, bias), sites)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+
+            def plain(x, weight, bias):
+                return pack(depthwise_conv(unpack(x, ctx.sites), weight, bias), ctx.sites)
+
+            return *grad_by_autograd(plain, (x, weight, bias), grad), None
         grad_canvas = unpack(grad, ctx.sites, "grad")
         grad_x = pack(conv_as_it_lies(grad_canvas, weight.flip(2, 3)), ctx.sites)
         grad_weight = weight_grad_as_it_lies(unpack(x, ctx.sites, "x"), grad_canvas, weight)

@@ -29,7 +29,7 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _grad_by_autograd(function, inputs, grad):
+def grad_by_autograd(function, inputs, grad):
     """Gradients of function(*inputs), of plain operations, that can be differentiated again: for AdaHessian."""
     with torch.enable_grad():
         needed = [x for x in inputs if x.requires_grad]
@@ -70,7 +70,7 @@ class _GRN(torch.autograd.Function):
     def backward(ctx, grad):
         x, gamma, beta, norm, mean = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return _grad_by_autograd(_grn, (x, gamma, beta), grad)
+            return grad_by_autograd(_grn, (x, gamma, beta), grad)
         grad_scale = (grad.to(norm.dtype) * x.to(norm.dtype)).sum(tuple(range(1, x.ndim - 1)), keepdim=True)
         grad_gamma, factor = _grn_gradients(grad_scale, x, gamma, norm, mean)
         grad_x = (grad * (1 + gamma * norm / mean).to(x.dtype)).addcmul_(x, factor)
@@ -96,7 +96,7 @@ class _GRNLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, gamma, beta, weight, bias, norm, mean = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return _grad_by_autograd(_grn_linear, (x, gamma, beta, weight, bias), grad)
+            return grad_by_autograd(_grn_linear, (x, gamma, beta, weight, bias), grad)
         scale = 1 + gamma * norm / mean
         products = torch.bmm(grad.transpose(1, 2), x).to(norm.dtype)  # (N, D, C)
         grad_bias = grad.sum((0, 1), dtype=norm.dtype)
@@ -189,7 +189,7 @@ class _DepthwiseConvCPU(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return _grad_by_autograd(_depthwise_conv, (x, weight, bias), grad)
+            return grad_by_autograd(_depthwise_conv, (x, weight, bias), grad)
         grad_x = conv_as_it_lies(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
         grad_weight = weight_grad_as_it_lies(x, grad, weight) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
