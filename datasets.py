@@ -881,6 +881,26 @@ def build_loader(dataset, args, **which):
     )
 
 
+def on_device(loader, device):
+    """The loader's batches with their tensors on a device, copied there beside what it computes."""
+
+    def move(batch):
+        return type(batch)(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
+
+    if torch.device(device).type != "cuda":
+        yield from map(move, loader)
+        return
+    stream = torch.cuda.Stream(device)
+    for batch in loader:
+        with torch.cuda.stream(stream):
+            batch = move(batch)
+        now = torch.cuda.current_stream(device)
+        now.wait_stream(stream)
+        for x in filter(torch.is_tensor, batch):
+            x.record_stream(now)  # its memory is not given to the next copy before this stream has done with it
+        yield batch
+
+
 def describe(loader, args):
     """A line on what is trained on, and how fast."""
     sampler = loader.batch_sampler

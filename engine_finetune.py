@@ -15,8 +15,7 @@ def train_one_epoch(model, criterion, loader, optimizer, scaler, state, hooks, a
     """
 
     def forward(batch):
-        imgs = batch.imgs.to(args.device, non_blocking=True)
-        targets = batch.targets.to(args.device, non_blocking=True)
+        imgs, targets = batch.imgs, batch.targets
         if mixup_fn is not None:
             imgs, targets = mixup_fn(imgs, targets)
         return criterion(model(imgs).float(), targets)  # autocast on the CPU leaves a loss in low precision

@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 import utils
-from datasets import normalize
+from datasets import normalize, on_device
 from optim_factory import adjust_learning_rate, adjust_weight_decay
 
 
@@ -13,9 +13,7 @@ def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
     """Train from step `state.step` to the end of epoch `state.epoch`; `loader` yields the rest of that epoch."""
 
     def forward(batch):
-        imgs = normalize(batch.imgs.to(args.device, non_blocking=True))
-        noise = batch.noise.to(args.device, non_blocking=True)
-        loss, _, _ = model(imgs, mask_ratio=args.mask_ratio, noise=noise, loss_only=True)
+        loss, _, _ = model(normalize(batch.imgs), mask_ratio=args.mask_ratio, noise=batch.noise, loss_only=True)
         return loss
 
     optimize(forward, model, loader, optimizer, scaler, state, hooks, args)
@@ -29,7 +27,7 @@ def optimize(forward, model, loader, optimizer, scaler, state, hooks, args):
     second_order = getattr(optimizer, "is_second_order", False)  # AdaHessian
     model.train()
     state.start_lap()
-    for number, batch in enumerate(loader, start=1):
+    for number, batch in enumerate(on_device(loader, args.device), start=1):
         state.observe_data(batch)
         end_of_step = number % args.update_freq == 0
         state.lr = adjust_learning_rate(optimizer, state.epochs_done, args)

@@ -20,7 +20,7 @@ from timm.models.convnext import checkpoint_filter_fn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from tools import loaders
+from tools import benchmark, loaders
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
 
@@ -310,15 +310,24 @@ def test_predict_tells_mistakes_in_one_line(tool, original, tmp_path, flags, wor
 # ---- benchmark
 
 
-def test_benchmark_times_every_contestant():
-    flags = "--model convnextv2_atto --batch_size 1 --input_size 64 --rounds 1 --device cpu --part step --json"
+@pytest.mark.parametrize(
+    "part, contestants",
+    [("step", ["packed", "dense masked", "dense unmasked"]), ("finetune", ["dense", "timm", "timm channels last"])],
+)
+def test_benchmark_times_every_contestant(part, contestants):
+    flags = f"--model convnextv2_atto --batch_size 1 --input_size 64 --rounds 1 --device cpu --part {part} --json"
     command = [sys.executable, "-m", "tools.benchmark", *flags.split()]  # a process: it starts others of its kind
     report = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
     rows = {row["contestant"]: row for row in report["models"][0]["contestants"]}
-    assert {"packed", "dense masked", "dense unmasked"} <= set(rows)
+    assert list(rows)[:3] == contestants and rows[contestants[0]][f"times_{contestants[0]}"] == 1
     assert not any("error" in row for row in rows.values()), rows
     assert all(len(row["times_ms"]) == 1 and row["times_ms"][0] > 1 for row in rows.values())
     assert all(row["peak_mib"] > 1 for row in rows.values())
+
+
+def test_classifiers_of_the_benchmark_have_the_same_weights(seed_and_one_thread):
+    dense, theirs = (benchmark.build_classifier("convnextv2_atto", which) for which in ("dense", "timm"))
+    assert gap(theirs(torch.ones(1, 3, 32, 32)), dense(torch.ones(1, 3, 32, 32))) < 1e-5
 
 
 def test_benchmark_times_loaders(tool, monkeypatch, seed_and_one_thread):
@@ -350,6 +359,6 @@ def test_loaders_of_the_benchmark_deliver_as_many_images(tmp_path, monkeypatch):
 
 
 def test_benchmark_tells_mistakes_in_one_line(tool):
-    for flags in ("--input_size 100", "--rounds 0", "--mask_ratio 1", "--batch_size 1 2 3"):
+    for flags in ("--input_size 100", "--rounds 0", "--mask_ratio 1", "--batch_size 1 2 3", "--triton --device cpu"):
         status, _, err = tool("benchmark", *flags.split())
         assert status == 2 and flags.split()[0] in err.splitlines()[-1]

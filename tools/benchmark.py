@@ -1,7 +1,8 @@
-"""Speed and memory of pre-training: the project's packed FCMAE beside its alternatives, in one process.
+"""Speed and memory of training: the project's models beside their alternatives, in one process.
 
     python -m tools.benchmark                              # atto and tiny, whole steps, GPU if there is one
     python -m tools.benchmark --part encoder --device cpu  # only the encoder, forward and backward
+    python -m tools.benchmark --part finetune              # a step of supervised training, beside timm's model
     python -m tools.benchmark --part loader                # from JPEG files to batches, on one core
     python -m tools.benchmark --model convnextv2_base --batch_size 256 --dtype bfloat16 --compile
     python -m tools.benchmark --json > benchmark.json      # the same figures and every single time
@@ -10,14 +11,20 @@ Contestants, each with its own model and optimizer, all with the same initial we
 
     packed            the project's FCMAE
     packed compiled   the same under torch.compile(fullgraph=True), with --compile
+    packed triton     with depthwise convolutions by models/kernels.py, on CUDA with --triton; also compiled
     dense masked      its encoder computes every site and masks it: tools/dense_masked.py
     dense unmasked    its encoder is the fine-tuning network, on the whole image: what masking should save
     minkowski         its encoder runs on MinkowskiEngine, where that is installed
 
+and of --part finetune, steps of a classifier of 1000 classes with label smoothing:
+
+    dense             the project's ConvNeXtV2, channels last; also compiled, triton, compiled triton, as above
+    timm              timm's model of that name as it comes, (N, C, H, W); also channels last, and that compiled
+
 A round times one step of each in turn (A B C D, A B C D, ...), so that a slow moment of the machine strikes all alike;
 the first two rounds, which compile and allocate, do not count. Float32 means float32: no TF32. "x packed" is a
-contestant's time over packed's in the same round, median over rounds: 2.00 takes twice as long. The floor is visible /
-total patches: no masked encoder can do with less of the unmasked one's work.
+contestant's time over packed's in the same round, median over rounds: 2.00 takes twice as long ("x dense" likewise).
+The floor is visible / total patches: no masked encoder can do with less of the unmasked one's work.
 
 Peak memory is that of the third step in a fresh process of the contestant's own. CUDA: all that tensors hold, weights
 and optimizer state included (torch.cuda.max_memory_allocated). CPU, on Linux: how far the process's resident memory
@@ -45,10 +52,14 @@ from importlib import metadata
 from pathlib import Path
 
 import utils  # isort: skip  # noqa: F401  (before torch: sets how threads wait)
+import timm
 import torch
+from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
 from models import convnextv2, fcmae
+from models.checkpoints import to_timm
+from models.utils import use_triton
 from tools.dense_masked import DenseMasked
 
 warnings.filterwarnings("ignore", module="MinkowskiEngine")  # it warns on import where it was built without CUDA
@@ -61,15 +72,25 @@ BATCH_SIZE = dict.fromkeys(["atto", "femto", "pico", "nano"], 8) | {"base": 2, "
 class DenseUnmasked(nn.Module):
     """The dense, channels-last trunk on the whole image: (N, 3, H, W) -> (N, C, h, w). It ignores the mask."""
 
+    grad_checkpointing = False
+
     def __init__(self, trunk):
         super().__init__()
         self.downsample_layers, self.stages = trunk.downsample_layers, trunk.stages
 
     def forward(self, imgs, mask, num_visible=None):
-        x = imgs.contiguous(memory_format=torch.channels_last)
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
-        return x
+        return convnextv2.ConvNeXtV2.forward_trunk(self, imgs)
+
+
+def build_classifier(name, contestant):
+    """The classifier of that name: this project's, or timm's; the weights are the same for every contestant."""
+    torch.manual_seed(0)
+    model = getattr(convnextv2, name)(num_classes=1000)
+    if not contestant.startswith("timm"):
+        return model
+    theirs = timm.create_model(name, num_classes=1000)
+    theirs.load_state_dict(to_timm(model.state_dict()))
+    return theirs.to(memory_format=torch.channels_last) if "channels last" in contestant else theirs
 
 
 def build(name, contestant, input_size):
@@ -93,12 +114,15 @@ def make_step(name, contestant, batch_size, args):
     """A function without arguments that runs what --part says once, on one fixed batch of noise."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # the default for matrix products; convolutions would have an advantage
+    use_triton("triton" in contestant)
+    if args.part == "finetune":
+        return make_finetune_step(build_classifier(name, contestant).to(args.device), contestant, batch_size, args)
     model = build(name, contestant, args.input_size).to(args.device)
     imgs = torch.randn(batch_size, 3, args.input_size, args.input_size, device=args.device)
-    dtype = getattr(torch, args.dtype)
-    autocast = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
-    compiled = contestant == "packed compiled"
+    compiled = "compiled" in contestant
     if args.part == "encoder":
+        dtype = getattr(torch, args.dtype)
+        autocast = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
         mask = model.gen_random_mask(imgs, args.mask_ratio)
         encoder, grid = model.encoder, args.input_size // PATCH
         cotangent = torch.randn(batch_size, model.proj.in_channels, grid, grid, device=args.device)
@@ -112,13 +136,31 @@ def make_step(name, contestant, batch_size, args):
 
         return step
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
-    scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)
     forward = torch.compile(model, fullgraph=True) if compiled else model
+    return make_update(model, lambda: forward(imgs, mask_ratio=args.mask_ratio, loss_only=True)[0], args)
+
+
+def make_finetune_step(model, contestant, batch_size, args):
+    """A step of supervised training on one fixed batch of noise."""
+    imgs = torch.randn(batch_size, 3, args.input_size, args.input_size, device=args.device)
+    if "channels last" in contestant:
+        imgs = imgs.contiguous(memory_format=torch.channels_last)
+    targets = torch.arange(batch_size, device=args.device)
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    forward = torch.compile(model) if "compiled" in contestant else model
+    return make_update(model, lambda: criterion(forward(imgs).float(), targets), args)
+
+
+def make_update(model, compute_loss, args):
+    """A function without arguments: forward, backward and AdamW, as the engines do it."""
+    dtype = getattr(torch, args.dtype)
+    autocast = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    scaler = torch.amp.GradScaler(args.device, enabled=dtype == torch.float16)
 
     def step():
         with autocast:
-            loss, _, _ = forward(imgs, mask_ratio=args.mask_ratio)
+            loss = compute_loss()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -210,8 +252,9 @@ def compare(name, contestants, batch_size, args):
             steps[c] = step
     time_rounds(rows, steps, args)
     add_figures(rows, steps, batch_size)
+    first = contestants[0]
     for c in steps:
-        rows[c]["times_packed"] = median_ratio(rows[c], rows["packed"]) if "packed" in steps else None
+        rows[c][f"times_{first}"] = median_ratio(rows[c], rows[first]) if first in steps else None
     return dict(model=name, batch_size=batch_size, contestants=list(rows.values()))
 
 
@@ -234,6 +277,7 @@ def time_rounds(rows, steps, args):
     """Time a step of each contestant, round by round, into its row. One that fails is taken from steps."""
     for i in range(WARM_UP + args.rounds):
         for c in list(steps):
+            use_triton("triton" in c)
             ms = attempt(rows[c], time_ms, steps[c], args.device)
             if "error" in rows[c]:
                 del steps[c]  # and with it its memory
@@ -287,18 +331,18 @@ def print_header(report):
 
 
 def print_table(result):
-    title, reference = (result["model"], "packed") if "model" in result else (result["files"], "original")
+    title, reference = result.get("model") or result["files"], result["contestants"][0]["contestant"]
     print(f"\n{title}, batch size {result['batch_size']}")
-    print(f"{'':16}{'median ms':>10}{'min - max':>18}{'images/s':>10}{f'x {reference}':>12}{'peak MiB':>10}")
+    print(f"{'':24}{'median ms':>10}{'min - max':>18}{'images/s':>10}{f'x {reference}':>12}{'peak MiB':>10}")
     for row in result["contestants"]:
         if "error" in row:
-            print(f"{row['contestant']:16}  failed: {row['error']}")
+            print(f"{row['contestant']:24}  failed: {row['error']}")
             continue
         spread = f"{min(row['times_ms']):.1f} - {max(row['times_ms']):.1f}"
         ratio = "-" if row[f"times_{reference}"] is None else f"{row[f'times_{reference}']:.2f}"
         peak = row.get("peak_mib") or "-"
         print(
-            f"{row['contestant']:16}{row['median_ms']:>10.1f}{spread:>18}{row['images_per_s']:>10}{ratio:>12}{peak:>10}"
+            f"{row['contestant']:24}{row['median_ms']:>10.1f}{spread:>18}{row['images_per_s']:>10}{ratio:>12}{peak:>10}"
         )
 
 
@@ -325,13 +369,14 @@ def get_args_parser():
     work.add_argument("--batch_size", nargs="+", type=int, help="one, or one a model; None: by model and device")
     work.add_argument("--input_size", type=int, default=224, help="side of the images, a multiple of 32")
     work.add_argument("--mask_ratio", type=float, default=0.6, help="part of the patches that is removed")
-    parts = ("encoder", "step", "loader")
+    parts = ("encoder", "step", "finetune", "loader")
     work.add_argument("--part", choices=parts, default="step", help="encoder: forward, backward; loader: see the top")
     how = parser.add_argument_group("how")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how.add_argument("--device", choices=("cuda", "cpu"), default=device, help="where to run")
     how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
-    how.add_argument("--compile", action="store_true", help="time packed under torch.compile as well")
+    how.add_argument("--compile", action="store_true", help="time under torch.compile as well")
+    how.add_argument("--triton", action="store_true", help="time with this project's Triton kernels as well; CUDA")
     how.add_argument("--rounds", type=int, default=10, help="rounds that count")
     how.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
@@ -352,6 +397,8 @@ def parse_args():
         args.device = "cpu"
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
+    if args.triton and args.device == "cpu":
+        parser.error("--triton: the kernels are for --device cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.batch_size is None:
@@ -364,18 +411,29 @@ def parse_args():
     return args
 
 
+def choose_contestants(args):
+    """Those of --part, the reference first; and for each that cannot take part the reason."""
+    own = "dense" if args.part == "finetune" else "packed"
+    contestants = [own] + [f"{own} compiled"] * args.compile + [f"{own} triton"] * args.triton
+    contestants += [f"{own} compiled triton"] * (args.compile and args.triton)
+    if args.part == "finetune":
+        return contestants + ["timm", "timm channels last"] + ["timm channels last compiled"] * args.compile, {}
+    why = why_no_minkowski(args)
+    contestants += ["dense masked", "dense unmasked"] + ["minkowski"] * (why is None)
+    return contestants, {"minkowski": why} if why else {}
+
+
 def main():
     args = parse_args()
     if args.part == "loader":
         torch.set_num_threads(1)  # as DataLoader's workers have
         report, kind, results = describe(args), "files", compare_loaders(args)
     else:
-        contestants = ["packed"] + ["packed compiled"] * args.compile + ["dense masked", "dense unmasked"]
-        why = why_no_minkowski(args)
-        if why is None:
-            contestants.append("minkowski")
-        floor = dict(visible=args.visible, patches=args.patches, ratio=args.visible / args.patches)
-        report, kind = describe(args) | dict(floor=floor, left_out={"minkowski": why} if why else {}), "models"
+        contestants, left_out = choose_contestants(args)
+        report, kind = describe(args), "models"
+        if args.part != "finetune":
+            floor = dict(visible=args.visible, patches=args.patches, ratio=args.visible / args.patches)
+            report |= dict(floor=floor, left_out=left_out)
         models = zip(args.model, args.batch_size, strict=True)
         results = (compare(name, contestants, batch_size, args) for name, batch_size in models)
     if not args.json:
