@@ -359,6 +359,13 @@ def test_loaders_of_the_benchmark_deliver_as_many_images(tmp_path, monkeypatch):
 
 
 def test_benchmark_tells_mistakes_in_one_line(tool):
-    for flags in ("--input_size 100", "--rounds 0", "--mask_ratio 1", "--batch_size 1 2 3", "--triton --device cpu"):
+    for flags in (
+        "--input_size 100",
+        "--rounds 0",
+        "--mask_ratio 1",
+        "--batch_size 1 2 3",
+        "--triton --device cpu",
+        "--only ours",
+    ):
         status, _, err = tool("benchmark", *flags.split())
         assert status == 2 and flags.split()[0] in err.splitlines()[-1]

@@ -371,6 +371,7 @@ def get_args_parser():
     work.add_argument("--mask_ratio", type=float, default=0.6, help="part of the patches that is removed")
     parts = ("encoder", "step", "finetune", "loader")
     work.add_argument("--part", choices=parts, default="step", help="encoder: forward, backward; loader: see the top")
+    work.add_argument("--only", nargs="+", metavar="NAME", help="contestants, as they are named at the top; None: all")
     how = parser.add_argument_group("how")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how.add_argument("--device", choices=("cuda", "cpu"), default=device, help="where to run")
@@ -408,6 +409,11 @@ def parse_args():
         parser.error(f"--batch_size {args.batch_size}: must be one, or one for each --model, and above 0")
     if len(args.batch_size) == 1:
         args.batch_size *= len(args.model)
+    if args.part != "loader":
+        args.contestants, args.left_out = choose_contestants(args)
+        if args.only and not set(args.only) <= set(args.contestants):
+            parser.error(f"--only {', '.join(args.only)}: must be among {', '.join(args.contestants)}")
+        args.contestants = args.only or args.contestants
     return args
 
 
@@ -429,13 +435,12 @@ def main():
         torch.set_num_threads(1)  # as DataLoader's workers have
         report, kind, results = describe(args), "files", compare_loaders(args)
     else:
-        contestants, left_out = choose_contestants(args)
         report, kind = describe(args), "models"
         if args.part != "finetune":
             floor = dict(visible=args.visible, patches=args.patches, ratio=args.visible / args.patches)
-            report |= dict(floor=floor, left_out=left_out)
+            report |= dict(floor=floor, left_out=args.left_out)
         models = zip(args.model, args.batch_size, strict=True)
-        results = (compare(name, contestants, batch_size, args) for name, batch_size in models)
+        results = (compare(name, args.contestants, batch_size, args) for name, batch_size in models)
     if not args.json:
         print_header(report)
     report[kind] = []
