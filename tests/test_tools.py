@@ -323,6 +323,7 @@ def test_benchmark_times_every_contestant(part, contestants):
     assert not any("error" in row for row in rows.values()), rows
     assert all(len(row["times_ms"]) == 1 and row["times_ms"][0] > 1 for row in rows.values())
     assert all(row["peak_mib"] > 1 for row in rows.values())
+    assert all(value > 0 for value in report["ceilings"].values()) and len(report["ceilings"]) == 2
 
 
 def test_classifiers_of_the_benchmark_have_the_same_weights(seed_and_one_thread):

@@ -297,6 +297,18 @@ def median_ratio(row, other):
     return round(statistics.median(a / b for a, b in zip(row["times_ms"], other["times_ms"], strict=True)), 2)
 
 
+def ceilings(args):
+    """What no step can exceed: GB/s, read and written, of a large copy and TFLOP/s of a large matrix product."""
+    side = 8192 if args.device == "cuda" else 2048
+    a = torch.randn(side, side, device=args.device, dtype=getattr(torch, args.dtype))
+    b = torch.empty_like(a)
+    copy_ms, product_ms = (
+        statistics.median(time_ms(work, args.device) for _ in range(10)) for work in (lambda: b.copy_(a), lambda: a @ a)
+    )
+    gigabytes, flops = 2 * a.nbytes / 1e6 / copy_ms, 2 * side**3 / 1e9 / product_ms
+    return {"copy GB/s": round(gigabytes, 1), f"{args.dtype} product TFLOP/s": round(flops, 3)}
+
+
 def describe(args):
     """The conditions of the measurement, as for --json."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -316,12 +328,15 @@ def describe(args):
     versions |= dict(python=platform.python_version(), MinkowskiEngine=minkowski)
     keys = ("part", "device", "input_size", "rounds") + ("dtype", "mask_ratio") * (args.part != "loader")
     settings = {key: getattr(args, key) for key in keys} | dict(warm_up=WARM_UP)
-    return dict(machine=machine, versions=versions, settings=settings)
+    report = dict(machine=machine, versions=versions, settings=settings)
+    return report | (dict(ceilings=ceilings(args)) if args.part != "loader" else {})
 
 
 def print_header(report):
     """Machine, versions and settings, a line each, and for models the floor."""
-    for title in ("machine", "versions", "settings"):
+    for title in ("machine", "versions", "settings", "ceilings"):
+        if title not in report:
+            continue
         print(f"{title}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report[title].items()))
     if "floor" in report:
         visible, patches, ratio = report["floor"].values()
