@@ -13,7 +13,7 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 $(VENV)/ready-to-test: $(VENV)/ready
-	$(BIN)/pip install --quiet pytest ruff safetensors matplotlib
+	$(BIN)/pip install --quiet pytest pytest-xdist ruff safetensors matplotlib
 	touch $@
 
 PRETRAIN = $(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)
@@ -34,7 +34,7 @@ demo: $(VENV)/ready
 	@echo "on your images:  $(BIN)/python main_pretrain.py --data_path YOUR_IMAGES --model convnextv2_atto --output_dir output/mine"
 
 test: $(VENV)/ready-to-test
-	$(BIN)/python -m pytest tests $(T)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile $(T)
 
 lint: $(VENV)/ready-to-test
 	$(BIN)/ruff check --line-length 120 --select E,F,I,UP,B,W .

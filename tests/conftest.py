@@ -14,7 +14,7 @@ from PIL import Image
 import main_finetune
 import main_pretrain
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two processes test at a time, see Makefile
 
 
 def pytest_addoption(parser):
