@@ -49,7 +49,7 @@ def add_output_args(parser, watched):
         "--watch",
         default=None,
         metavar="METRIC",
-        help=f"number of log.txt by which checkpoint-best.pth and encoder-best.pth are chosen; None: {watched}",
+        help=f"train_loss, or what a probe or an evaluation measures: chooses checkpoint-best.pth; None: {watched}",
     )
     group.add_argument(
         "--early_stop", default=0, type=int, help="measurements of --watch without a better one that end it; 0: never"
@@ -101,7 +101,10 @@ class Mean:
 
 
 class RunState:
-    """Where a run stands: what hooks read and checkpoints keep. The same on every process but for its own images."""
+    """Where a run stands: what hooks read and checkpoints keep.
+
+    The same on every process, but for its own images and for what hooks of the main process measure.
+    """
 
     def __init__(
         self, args, model, optimizer=None, scaler=None, sampler=None, images=(), model_ema=None, class_names=None
@@ -133,6 +136,7 @@ class RunState:
         self.unreadable_images = {}  # names that all processes met, in order
         self.unread_names = []  # those that this one met since
         self.stop_requested = lambda: False  # whether to give up what can be made again
+        self.loss = self.images_per_second = self.data_seconds = math.nan  # as of the last log line
         self.start_lap()
 
     @property
@@ -151,7 +155,7 @@ class RunState:
     def due(self, every):
         """Whether, at the end of an epoch, it is time for what is done every so many, after the first and the last."""
         done = self.epoch + 1
-        return every > 0 and (done % every == 0 or done in (1, self.args.epochs))
+        return every > 0 and (done % every == 0 or done == 1 or self.ends_before(done))
 
     def ends_before(self, epoch):
         """Whether this epoch is not trained: all before it were asked for, or --watch has not improved for too long."""
@@ -240,7 +244,11 @@ class RunState:
         self.evaluations = {} if self.given_up else evaluations
         for what, evaluation in self.evaluations.items():
             self.metrics |= {f"test_{name}{what}": value for name, value in evaluation.metrics().items()}
-            self.unreadable_images |= dict.fromkeys(evaluation.unreadable)
+            self.observe_unreadable(evaluation.unreadable)
+
+    def observe_unreadable(self, names):
+        """Keep the names of images, which all processes met, or each by itself: those of the main process count."""
+        self.unreadable_images |= dict.fromkeys(utils.on_main_process(lambda: names))
 
     def sum_up(self):
         """Complete the metrics of an epoch, and note whether it is the best."""
@@ -248,15 +256,28 @@ class RunState:
         if self.epoch_seconds:
             trained["images_per_second"] = round(self.epoch_images / self.epoch_seconds, 1)
         self.metrics = trained | self.metrics
-        for name in self.watched():
-            if name in self.metrics:
-                value, best = self.metrics[name], self.best.get(name)
-                better = best is None or (value < best[0] if "loss" in name else value > best[0])
-                self.best[name] = [value, self.epoch, 0] if better else [*best[:2], best[2] + 1]
+        self.best_before = self.best
+        self.best = utils.on_main_process(self.judge)  # the last bit of a mean may differ between machines
+
+    def judge(self):
+        """`best` with the metrics of this epoch."""
+        best = dict(self.best)
+        for name in [name for name in self.watched() if name in self.metrics]:
+            value = self.metrics[name]
+            if name not in best or not math.isfinite(best[name][0]) or self.is_better(name, value, best[name][0]):
+                best[name] = [value, self.epoch, 0]
+            else:
+                best[name] = [*best[name][:2], best[name][2] + 1]
+        return best
+
+    @staticmethod
+    def is_better(name, value, other):
+        return value < other if "loss" in name else value > other
 
     def watched(self):
-        """The watched metric, and the same by averaged weights."""
-        return [self.args.watch, f"{self.args.watch}_ema"]
+        """The watched metric, and the same by averaged weights if these are evaluated."""
+        ema = getattr(self.args, "model_ema_eval", False)
+        return [self.args.watch] + ([f"{self.args.watch}_ema"] if ema else [])
 
     def is_best(self, name):
         return name in self.best and self.best[name][1] == self.epoch
@@ -275,11 +296,13 @@ class RunState:
 
     def restore(self, checkpoint):
         """Stand where a checkpoint of this project was written."""
-        flags = [{name: group[name] for name in ("weight_decay", "lr_scale")} for group in self.optimizer.param_groups]
+        names = ("weight_decay", "lr_scale", "betas", "eps", "momentum")
+        flags = [{name: group[name] for name in names if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, now in zip(self.optimizer.param_groups, flags, strict=True):
             group.update(now)  # the flags of now, with the moments of then
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # of a run in float16
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         if self.step:
             self.epoch_loss, self.lr = Mean(*checkpoint["epoch_loss"]), checkpoint["lr"]
@@ -510,6 +533,7 @@ def add_picture(state, title, picture, at):
     if getattr(state, "writer", None):
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         state.writer.add_image(title, pixels.view(picture.height, picture.width, 3), at, dataformats="HWC")
+        state.writer.flush()
 
 
 class ClassReport(Hook):
@@ -555,6 +579,7 @@ class Profiler(Hook):
         self.done, self.profile = 0, None
 
     def on_start(self, state):
+        self.on_gpu = state.device_type == "cuda"
         self.start_or_stop()
 
     def on_step(self, state):
@@ -569,21 +594,24 @@ class Profiler(Hook):
             self.write()
 
     def write(self):
-        self.profile.stop()
-        self.profile.export_chrome_trace(str(self.path))
+        profile, self.profile = self.profile, None
+        profile.stop()
+        profile.export_chrome_trace(str(self.path))
         print(
             f"steps {self.first} to {min(self.done, self.end) - 1}, traced in {self.path}: time by operation",
             flush=True,
         )
-        print("\n".join(self.table(self.profile.key_averages())), flush=True)
-        self.profile = None
+        print("\n".join(self.table(profile.key_averages())), flush=True)
 
-    @staticmethod
-    def table(operations, rows=10):
-        """Lines: part of the time, of the GPU's if there is one, milliseconds, calls and name of the slowest."""
-        timer = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    def table(self, operations, rows=10):
+        """Lines: part of the time, on the GPU of its kernels, milliseconds, calls and name of the slowest."""
+        timer = "self_cpu_time_total"
+        if self.on_gpu:
+            timer = "self_device_time_total"
+            kernels = [o for o in operations if o.device_type == torch.autograd.DeviceType.CUDA]
+            operations = [kernel for kernel in kernels if not kernel.is_user_annotation]
         slowest = sorted(operations, key=lambda operation: -getattr(operation, timer))
-        total = sum(getattr(operation, timer) for operation in operations)
+        total = sum(getattr(operation, timer) for operation in operations) or 1
         for operation in slowest[:rows]:
             time = getattr(operation, timer)  # microseconds
             yield f"  {time / total:6.1%} {time / 1e3:10.1f} ms {operation.count:7} x  {operation.key}"
@@ -630,12 +658,19 @@ class Checkpointer(Hook):
             )
         if last or not which and state.ends_before(state.epoch + 1):
             return utils.on_main_process(lambda: self.write_last(state, which))
+        if not utils.on_main_process(lambda: self.try_to_write(state, which)) and "name" in which:
+            state.best = state.best_before  # what is on disk
+
+    def try_to_write(self, state, which):
+        """Whether it succeeded."""
         try:
             self.write(state, which)
         except OSError as error:
             utils.log(
                 f"checkpoint not saved: {error}. Those before it are kept; the next save tries again, training goes on."
             )
+            return False
+        return True
 
     def write(self, state, which):
         """On the main process. Raises OSError."""

@@ -105,8 +105,10 @@ def start_from(args, model):
 
 # What decides a run's numbers: a resumed run says if it changed.
 RUN_FLAGS = (
-    "layer_decay layer_decay_type drop_path loss smoothing mixup cutmix aa hflip reprob model_ema model_ema_decay "
-    "data_set data_path images_per_class input_size use_amp amp_dtype num_images"
+    "opt_eps opt_betas momentum layer_decay layer_decay_type drop_path loss smoothing mixup cutmix cutmix_minmax "
+    "mixup_prob mixup_switch_prob mixup_mode color_jitter aa hflip reprob remode recount train_interpolation model_ema "
+    "model_ema_decay data_set data_path images_per_class imagenet_default_mean_and_std crop_pct input_size eval_size "
+    "use_amp amp_dtype num_images"
 ).split() + optim_factory.SCHEDULE_FLAGS
 
 
@@ -137,7 +139,7 @@ def evaluate_only(args):
         raise UserError(f"{path}: has {len(weights['head.weight'])} classes, the data {args.num_classes}")
 
     # model
-    model = build_model(args).to(args.device)
+    model = utils.to_device(build_model(args), args)
     load_weights(model, weights, path)
     state = hooks.RunState(args, model, images=dataset.images, class_names=class_names)
     if "format" in checkpoint:
@@ -171,7 +173,7 @@ def main(args):
 
     # model and optimizer
     torch.manual_seed(args.seed)
-    model_without_ddp = build_model(args).to(args.device)
+    model_without_ddp = utils.to_device(build_model(args), args)
     if args.finetune:
         utils.on_all_processes(lambda: start_from(args, model_without_ddp))
     model_ema = None
@@ -183,7 +185,7 @@ def main(args):
     scaler = utils.loss_scaler(args)
     state = hooks.RunState(args, model_without_ddp, optimizer, scaler, sampler, dataset.images, model_ema, class_names)
     resume(state, RUN_FLAGS)
-    model = utils.for_device(model_without_ddp, args)
+    model = utils.for_training(model_without_ddp, args)
 
     # configuration
     utils.log_args(args)

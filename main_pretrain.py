@@ -72,6 +72,12 @@ def get_args_parser():
         "--probe_freq", default=0, type=int, help="epochs between probes of the frozen features by labels; 0: none"
     )
     group.add_argument(
+        "--probe_images_per_class",
+        default=0,
+        type=int,
+        help="the probe is fitted on the first of each class only; 0: all",
+    )
+    group.add_argument(
         "--probe_data_path",
         default="DIGITS",
         metavar="FOLDER",
@@ -100,7 +106,7 @@ def check_args(args):
     datasets.check_loader_args(args)
     hooks.check_output_args(args, metrics=["train_loss", *(probe.METRICS if args.probe_freq else [])])
     utils.check_least(args, 1, "decoder_embed_dim repeated_sampling")
-    utils.check_least(args, 0, "decoder_depth picture_freq probe_freq")
+    utils.check_least(args, 0, "decoder_depth picture_freq probe_freq probe_images_per_class")
     utils.check_part(args, "hflip")
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: must be above 0, at most 1, the smaller first")
@@ -162,18 +168,18 @@ def main(args):
 
     # model and optimizer
     torch.manual_seed(args.seed)
-    model = build_model(args).to(args.device)
+    model = utils.to_device(build_model(args), args)
     optimizer = torch.optim.AdamW(
         optim_factory.get_parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95), fused=True
     )
     scaler = utils.loss_scaler(args)
     state = hooks.RunState(args, model, optimizer, scaler, sampler, images)
     resume(state, RUN_FLAGS)
-    model = utils.for_device(model, args)
+    model = utils.for_training(model, args)
 
     # configuration
     utils.log_args(args)
-    log(f"{args.model}, with the decoder: {describe(build_model, args)}")
+    log(f"{args.model}, with the decoder: {describe(build_model, args, loss_only=True)}")
     log(datasets.describe(loader, args))
 
     # training

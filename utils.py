@@ -130,6 +130,7 @@ def run_main(main, args, name):
         log("stopped by Ctrl-C; the same command goes on from the last checkpoint")
         sys.exit(130)
     except (UserError, TrainingError) as error:
+        let_go_of_loaders(error)
         sys.stdout.flush()
         if is_main_process():
             print(f"{name}: error: {error}", file=sys.stderr)
@@ -243,23 +244,25 @@ def image_size(args, least, multiple_of=1, flag="input_size"):
     return sizes[0], sizes[-1]
 
 
-def add_machine_args(parser):
+def add_machine_args(parser, training=True):
+    """training: False leaves out what nothing else than training heeds."""
     group = parser.add_argument_group("speed")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N or cpu")
     group.add_argument("--use_amp", default=False, type=str2bool, help="automatic mixed precision")
     group.add_argument("--amp_dtype", default="bfloat16", choices=tuple(AMP_DTYPES), help="its type")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument(
         "--triton",
         default=True,
         action=argparse.BooleanOptionalAction,
         help="depthwise convolutions by kernels of this project, on CUDA where Triton is installed",
     )
-    group.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="make activations again in the backward pass: less memory, more time",
-    )
+    if training:
+        group.add_argument("--compile", action="store_true", help="torch.compile the model that is trained")
+        group.add_argument(
+            "--grad_checkpointing",
+            action="store_true",
+            help="make activations again in the backward pass: less memory, more time",
+        )
 
     group = parser.add_argument_group("distributed (torchrun and other launchers set these)")
     group.add_argument("--world_size", default=1, type=int, help="number of processes")
@@ -294,9 +297,14 @@ def check_device(args):
         raise UserError(f"--device {args.device}: {gpus or 'no'} CUDA GPU is visible; --device cpu works")
 
 
-def for_device(model, args):
-    """The model as it is trained: compiled, if args.compile, and its gradients averaged over processes, if several."""
+def to_device(model, args):
+    """The model on its device, with the kernels that it is to run there."""
     use_triton(args.triton)
+    return model.to(args.device)
+
+
+def for_training(model, args):
+    """The model as it is trained: compiled, if args.compile, and its gradients averaged over processes, if several."""
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.compile:
         model = torch.compile(model)

@@ -264,8 +264,11 @@ class Cost(NamedTuple):
         )
 
 
-def cost(build, shape):
-    """The `Cost` of build() -> model for images of this shape (N, C, H, W). Nothing is computed: tensors are empty."""
+def cost(build, shape, **inputs):
+    """The `Cost` of build() -> model for images of this shape (N, C, H, W), and further inputs by name.
+
+    Nothing is computed: tensors are empty. Activations are those of plain operations; fast paths may keep less.
+    """
     with torch.device("meta"):
         model, imgs = build(), torch.empty(shape)
     kept = {}
@@ -275,15 +278,17 @@ def cost(build, shape):
         return x
 
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda x: x):
-        outputs = model(imgs)  # noqa: F841  (held, so that no storage is freed and counted under another's address)
+        outputs = model(imgs, **inputs)  # noqa: F841  (held, so that no storage is freed and counted under another's address)
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Cost(parameters, counter.get_total_flops() // 2, sum(kept.values()))
 
 
-def describe(build_model, args):
+def describe(build_model, args, **inputs):
     """What build_model(args) costs for one image, in words; MinkowskiEngine's encoder counts as ours, its equal."""
     packed = Namespace(**vars(args) | {"sparse_backend": "packed"})
     height, width = args.input_size
-    return f"{cost(lambda: build_model(packed), (1, args.in_chans, height, width))} an image of {height} x {width}"
+    told = cost(lambda: build_model(packed), (1, args.in_chans, height, width), **inputs)
+    before = ", before --grad_checkpointing" if args.grad_checkpointing else ""
+    return f"{told} an image of {height} x {width}{before}"

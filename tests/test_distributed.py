@@ -33,9 +33,10 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="session")
 def recipes(images):
     """The flags of each script; SGD, as Adam would enlarge roundings where a gradient is nearly 0."""
+    probes = f"--probe_freq 1 --probe_data_path {images} --probe_images_per_class 2 --watch probe_linear".split()
     finetune = [*TINY, *"--opt sgd --lr 0.05 --aa none --head_init_scale 1".split()]
     return {
-        "main_pretrain": [*SMALL, "--data_path", str(images), "--picture_freq", "0", *FLAGS],
+        "main_pretrain": [*SMALL, "--data_path", str(images), "--picture_freq", "0", *probes, *FLAGS],
         "main_finetune": [*finetune, "--data_path", str(images), *FLAGS],
     }
 

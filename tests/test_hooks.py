@@ -156,25 +156,37 @@ def test_a_hook_is_called_at_its_points_in_their_order(small, pretrain, monkeypa
     assert calls == ["start", *epoch(0), *epoch(1), "end"]
 
 
-def test_a_hook_that_raises_names_itself_and_ends_the_run_with_its_workers(small, tmp_path):
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (
+            "class Broken(hooks.Hook):\n"
+            "    def on_step(self, state):\n"
+            "        1 / 0\n"
+            "main_pretrain.build_hooks = lambda *_: hooks.Hooks([Broken()])\n",
+            "RuntimeError: hook Broken failed (on_step, epoch 0, step 1): ZeroDivisionError('division by zero')",
+        ),
+        (
+            "def save_model(*args, **which):\n    raise OSError('disk full')\nutils.save_model = save_model\n",
+            "error: the last checkpoint could not be saved: disk full",
+        ),
+    ],
+    ids=["hook", "save"],
+)
+def test_an_error_ends_the_run_with_its_workers(small, tmp_path, lines, message):
     """The loader's workers ignore SIGTERM, so a run that left them to Python's end would wait for them for ever."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import utils, hooks, main_pretrain\n"
-        "class Broken(hooks.Hook):\n"
-        "    def on_step(self, state):\n"
-        "        1 / 0\n"
-        "main_pretrain.build_hooks = lambda *_: hooks.Hooks([Broken()])\n"
+        f"{lines}"
         "utils.run_script(main_pretrain.main, utils.FlagParser(parents=[main_pretrain.get_args_parser()]))\n"
     )
-    command = [sys.executable, script, *small, "--num_workers", "2"]
+    command = [sys.executable, script, *small, "--num_workers", "2", "--epochs", 1, "--output_dir", tmp_path / "out"]
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
-    assert result.stderr.strip().endswith(
-        "RuntimeError: hook Broken failed (on_step, epoch 0, step 1): ZeroDivisionError('division by zero')"
-    )
+    assert result.stderr.strip().endswith(message)
 
 
 class Failing(hooks.Hook):
@@ -276,13 +288,14 @@ def test_features_are_pooled_from_whole_images_in_the_order_of_the_set(observed,
     monkeypatch.setattr(probe, "knn_accuracy", lambda *parts: seen.append(parts) or 0.0)
     args = main_pretrain.get_args_parser().parse_args([*map(str, SMALL)])
     args.input_size, args.num_patches, args.probe_freq = (32, 32), 16, 1
-    args.probe_data_path = str(labelled_folder)
+    args.probe_data_path, args.probe_images_per_class = str(labelled_folder), 0
     state = hooks.RunState(args, main_pretrain.build_model(args))
     state.model.load_state_dict(weights(observed, "checkpoint-1.pth"))
     probe.Probe(args).on_evaluate(state)
     dense, _ = convnextv2.from_checkpoint(torch.load(observed / "checkpoint-1.pth"), "file")
     loaders = probe.build_loaders(args, str(labelled_folder))
-    probe.probe(dense.eval().forward_trunk, loaders, args)
+    _, _, unreadable = probe.probe(dense.eval().forward_trunk, loaders, args)
+    assert unreadable == []
     for ours, reference in zip(*seen, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
     train, train_targets, test, test_targets = seen[0]
@@ -338,6 +351,38 @@ def test_the_best_checkpoint_is_that_of_the_watched_metric_with_its_encoder(obse
     losses = [line["train_loss"] for line in log_lines(tmp_path)]
     last = torch.load(tmp_path / "checkpoint-1.pth")
     assert last["best"]["train_loss"] == [min(losses), losses.index(min(losses)), 1 - losses.index(min(losses))]
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_leaves_the_one_before_the_best(
+    small, pretrain, tmp_path, monkeypatch
+):
+    save, failed = utils.save_model, []
+
+    def fail_once(*args, name=None, **which):
+        if name == "best" and args[1] == 0:
+            failed.append(1)
+            raise OSError("disk full")
+        save(*args, name=name, **which)
+
+    monkeypatch.setattr(utils, "save_model", fail_once)
+    result = pretrain(*small, "--output_dir", tmp_path, "--watch", "train_loss", "--picture_freq", 0)
+    assert failed == [1] and "checkpoint not saved: disk full" in result.out
+    assert torch.load(tmp_path / "checkpoint-0.pth")["best"] == {}
+    loss = log_lines(tmp_path)[1]["train_loss"]
+    assert torch.load(tmp_path / "checkpoint-best.pth")["best"] == {"train_loss": [loss, 1, 0]}
+
+
+def test_what_is_the_best(state):
+    def judge(watch, *values):
+        state.args.watch, state.best = watch, {}
+        for state.epoch, value in enumerate(values):
+            state.metrics = {watch: value}
+            state.sum_up()
+        return state.best[watch]
+
+    assert judge("test_acc1", 0.0, 3.0, 3.0, 2.0) == [3.0, 1, 2]
+    assert judge("test_loss", 2.0, 1.0, 1.5) == [1.0, 1, 1]
+    assert judge("test_loss", float("nan"), 2.0, float("nan")) == [2.0, 1, 1]
 
 
 def test_the_exported_encoder_starts_a_fine_tuning(observed, labelled_folder, finetune, tmp_path):

@@ -246,6 +246,15 @@ def test_resume_takes_the_weight_decay_and_the_rate_of_now(finished, small, fine
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.3]
 
 
+def test_resume_takes_the_precision_and_the_momentum_of_now(finished, small, finetune, tmp_path):
+    flags = ["--resume", finished / "checkpoint-0.pth", "--output_dir", tmp_path]
+    flags += "--use_amp true --amp_dtype float16 --opt_betas 0.5 0.9".split()
+    result = finetune(*small, *flags)
+    assert result.status == 0 and "use_amp False -> True" in result.out and "opt_betas None -> [0.5, 0.9]" in result.out
+    last = load(tmp_path / "checkpoint-1.pth")
+    assert last["scaler"] and {group["betas"] for group in last["optimizer"]["param_groups"]} == {(0.5, 0.9)}
+
+
 def test_averaging_starts_from_the_weights_of_a_run_without(finished, small, finetune, tmp_path):
     checkpoint = load(finished / "checkpoint-0.pth")
     del checkpoint["model_ema"]

@@ -76,6 +76,7 @@ def assert_one_clear_line(result, *words):
         ("--early_stop 3", ["--early_stop 3", "--watch"]),
         ("--early_stop -1", ["--early_stop -1"]),
         ("--probe_freq -1", ["--probe_freq -1"]),
+        ("--probe_images_per_class -1", ["--probe_images_per_class -1"]),
         ("--probe_freq 1 --probe_data_path /no/such", ["/no/such", "no such folder"]),
     ],
 )

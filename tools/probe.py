@@ -22,6 +22,10 @@ from models.convnextv2 import from_checkpoint
 METRICS = ("probe_knn", "probe_linear")
 
 
+class GivenUp(Exception):
+    """A signal came within a fit."""
+
+
 def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.07):
     """Top-1 per cent of the k nearest neighbours by cosine, weighted by exp(cosine / temperature) (Wu et al., 2018).
 
@@ -38,8 +42,8 @@ def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.0
     return 100 * right / len(test)
 
 
-def linear_accuracy(train, train_targets, test, test_targets, strength=1.0):
-    """Top-1 per cent of a logistic regression on standardised features, shapes as in `knn_accuracy`.
+def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give_up=lambda: False):
+    """Top-1 per cent of a logistic regression on standardised features, shapes as in `knn_accuracy`; None if given up.
 
     It minimises the sum of cross-entropies + |weights|^2 / (2 strength) by L-BFGS, to the end: there is one minimum,
     and no learning rate or number of epochs to choose.
@@ -53,13 +57,18 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0):
     )
 
     def closure():
+        if give_up():
+            raise GivenUp
         optimizer.zero_grad()
         loss = F.cross_entropy(train @ weight.T + bias, train_targets)
         loss = loss + weight.square().sum() / (2 * strength * len(train))
         loss.backward()
         return loss
 
-    optimizer.step(closure)
+    try:
+        optimizer.step(closure)
+    except GivenUp:
+        return None
     with torch.no_grad():
         return 100 * ((test @ weight.T + bias).argmax(1) == test_targets).double().mean().item()
 
@@ -77,24 +86,27 @@ def build_loaders(args, data_path, images_per_class=0):
 
 
 def probe(trunk, loaders, args, give_up=lambda: False):
-    """{"probe_knn": per cent, "probe_linear": per cent} of the features of trunk(imgs) -> (N, C, h, w).
+    """Accuracies of the features of trunk(imgs) -> (N, C, h, w), classes (n,) by loader, names of unreadable images.
 
-    By all processes together, each of which passes its part of the images through the network; the same on all of them
-    and on any number. None if that was given up on any process, see `collect`.
+    Accuracies: {"probe_knn": per cent, "probe_linear": per cent}. By all processes together, each of which passes its
+    part of the images through the network; the same on all and on any number of them. None if given up on any process.
     """
-    device, parts = torch.device(args.device), []
+    device, parts, unreadable = torch.device(args.device), [], []
     for loader in loaders:
-        features = collect(lambda imgs, _: trunk(imgs).float().mean((2, 3)), loader, device, args, give_up=give_up)
-        if features is None:
+        collected = collect(lambda imgs, _: trunk(imgs).float().mean((2, 3)), loader, device, args, give_up=give_up)
+        if collected is None:
             return None
-        parts += [part.to(device) for part in features[:2]]
+        *features_and_targets, names = collected
+        parts += features_and_targets
+        unreadable += names
 
     def classify():
-        features, targets, test, test_targets = parts
-        doubled = (features.double(), targets, test.double(), test_targets)
-        return dict(zip(METRICS, (knn_accuracy(*parts), linear_accuracy(*doubled)), strict=True))
+        features, targets, test, test_targets = (part.to(device) for part in parts)
+        linear = linear_accuracy(features.double(), targets, test.double(), test_targets, give_up=give_up)
+        return None if linear is None else (knn_accuracy(features, targets, test, test_targets), linear)
 
-    return utils.on_main_process(classify)
+    accuracies = utils.on_main_process(classify)
+    return None if accuracies is None else (dict(zip(METRICS, accuracies, strict=True)), parts[1::2], unreadable)
 
 
 class Probe(Hook):
@@ -103,7 +115,8 @@ class Probe(Hook):
     everywhere = True
 
     def __init__(self, args):
-        self.loaders = utils.on_all_processes(lambda: build_loaders(args, args.probe_data_path))
+        where = args.probe_data_path, args.probe_images_per_class
+        self.loaders = utils.on_all_processes(lambda: build_loaders(args, *where))
 
     def on_evaluate(self, state):
         if not state.due(state.args.probe_freq):
@@ -115,10 +128,13 @@ class Probe(Hook):
             return model.encoder(imgs, nothing_removed, num_visible=num_patches)
 
         model.eval()
-        accuracies = probe(trunk, self.loaders, state.args, state.stop_requested)
+        result = probe(trunk, self.loaders, state.args, state.stop_requested)
         model.train()
-        state.given_up = accuracies is None
-        state.metrics |= accuracies or {}
+        state.given_up = result is None
+        if result is not None:
+            accuracies, _, unreadable = result
+            state.metrics |= accuracies
+            state.observe_unreadable(unreadable)
 
 
 def get_args_parser():
@@ -134,7 +150,7 @@ def get_args_parser():
     parser.add_argument("--model_key", default="model|module", help="where the weights are; model_ema: averaged ones")
     parser.add_argument("--batch_size", default=64, type=int, help="images of a forward pass")
     datasets.add_loader_args(parser)
-    utils.add_machine_args(parser)
+    utils.add_machine_args(parser, training=False)
     return parser
 
 
@@ -151,8 +167,10 @@ def main(args):
     args.input_size = utils.image_size(args, least=8 * stem.stride[0])
     utils.init_distributed_mode(args)
     loaders = utils.on_all_processes(lambda: build_loaders(args, args.data_path, args.images_per_class))
-    accuracies = probe(model.to(args.device).eval().forward_trunk, loaders, args)
-    counts = " and ".join(str(len(loader.dataset)) for loader in loaders)
+    accuracies, targets, unreadable = probe(utils.to_device(model, args).eval().forward_trunk, loaders, args)
+    for name in unreadable:
+        utils.log(f"unreadable image, left out: {name}")
+    counts = " and ".join(str(len(classes)) for classes in targets)
     results = f"k-nearest-neighbour {accuracies['probe_knn']:.2f} %  linear {accuracies['probe_linear']:.2f} %"
     utils.log(f"{args.checkpoint}: {results}  ({counts} images)")
 
