@@ -34,7 +34,8 @@ demo: $(VENV)/ready
 	@echo "on your images:  $(BIN)/python main_pretrain.py --data_path YOUR_IMAGES --model convnextv2_atto --output_dir output/mine"
 
 test: $(VENV)/ready-to-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder $(T)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	    -o tmp_path_retention_policy=failed $(T)
 
 lint: $(VENV)/ready-to-test
 	$(BIN)/ruff check --line-length 120 --select E,F,I,UP,B,W .
