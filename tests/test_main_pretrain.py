@@ -313,7 +313,7 @@ def test_compile_and_amp_dtype_reach_the_model(small, pretrain, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     loss = FCMAE.patch_loss
     monkeypatch.setattr(FCMAE, "patch_loss", lambda *args: dtypes.append(args[1].dtype) or loss(*args))
-    monkeypatch.setattr(main_pretrain, "describe", lambda *_: "")
+    monkeypatch.setattr(main_pretrain, "describe", lambda *_, **__: "")
     flags = "--epochs 1 --use_amp true --amp_dtype float16 --compile --grad_checkpointing"
     result = pretrain(*small, *flags.split())
     assert result.status == 0 and len(compiled) == 1 and set(dtypes) == {torch.float16}
