@@ -18,15 +18,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision.io
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
+from timm.data.random_erasing import RandomErasing
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import InterpolationMode, v2
 
@@ -513,21 +514,35 @@ class Batch(NamedTuple):
 class LabelledBatch(NamedTuple):
     """What the loaders of fine-tuning and evaluation yield."""
 
-    imgs: torch.Tensor  # (N, C, H, W) float32, normalised
+    imgs: torch.Tensor  # (N, C, H, W) uint8
     targets: torch.Tensor  # (N,) class numbers
     indices: torch.Tensor  # (N,) which images of the data set these are
     unreadable: list  # as above; in evaluation they are left out of the batch
+    erased: list = ()  # the parts (image, rows, columns) of imgs that noise takes the place of
+    noise: torch.Tensor = torch.empty(0)  # theirs one after the other, flat; float32, for normalised images
 
     @staticmethod
     def collate(samples):
-        imgs, targets, indices, unreadable = zip(*samples, strict=True)
+        imgs, targets, indices, unreadable, erasures = zip(*samples, strict=True)
         read = [image for image in imgs if image is not None]
+        parts = [(number, *part) for number, some in enumerate(erasures) for part in some]
         return LabelledBatch(
             torch.stack(read) if read else torch.empty(0),
             torch.tensor([target for target in targets if target is not None]),
             torch.tensor([index for index in indices if index is not None]),
             [name for names in unreadable for name in names],
+            [(number, *where) for number, where, _ in parts],
+            torch.cat([torch.empty(0), *(noise.flatten() for _, _, noise in parts)]),
         )
+
+    def augmented(self, imagenet=True):
+        """The images, (N, C, H, W) float32: normalised (see `pixel_statistics`), and noise in the parts to erase."""
+        imgs, first = normalize(self.imgs, imagenet), 0
+        for number, rows, columns in self.erased:
+            part = imgs[number, :, rows, columns]
+            part.copy_(self.noise[first : first + part.numel()].view_as(part))
+            first += part.numel()
+        return imgs
 
 
 class View(NamedTuple):
@@ -642,15 +657,38 @@ class TrainDataset(torch.utils.data.Dataset):
 
     collate = staticmethod(LabelledBatch.collate)
 
-    def __init__(self, images, transform, seed):
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images, transform, erasing, seed):
+        self.images, self.transform, self.erasing, self.seed = images, transform, erasing, seed
 
     def __getitem__(self, key):
-        """(epoch, index) -> image (C, H, W) float32, class, index, names of files that could not be read."""
+        """(epoch, index) -> image (C, H, W) uint8, class, index, names of unreadable files, `Erasures`."""
         epoch, index = key
         image, number, unreadable = read_or_next(self.images, index)
         with randomness_of(self.seed, epoch, index):
-            return self.transform(image), int(self.images.targets[number]), number, unreadable
+            image = self.transform(image)
+            erasures = self.erasing(Erasures(image.shape))
+        return image, int(self.images.targets[number]), number, unreadable, erasures
+
+
+class Erasures(list):
+    """What timm's RandomErasing would write into a normalised image of that shape: ((rows, columns), noise) each.
+
+    Noise has no place among the 8 bits of a pixel, so it travels beside the image, which the device normalises.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def size(self):
+        return self.shape
+
+    def __setitem__(self, part, noise):
+        _, rows, columns = part
+        noise = noise.expand(self.shape[0], rows.stop - rows.start, columns.stop - columns.start)  # of one colour
+        self.append(((rows, columns), noise))
 
 
 class EvalDataset(torch.utils.data.Dataset):
@@ -665,18 +703,21 @@ class EvalDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        """index -> image (C, H, W) float32, class, index, []; or None three times and the name of the file."""
+        """index -> image (C, H, W) uint8, class, index, [], []; or None three times, [the name of the file], []."""
         image, error = try_read(self.images, index)
         if error is not None:
-            return None, None, None, [error]
-        return self.transform(image), int(self.images.targets[index]), index, []
+            return None, None, None, [error], []
+        return self.transform(image), int(self.images.targets[index]), index, [], []
 
 
 def build_dataset(is_train, args, class_names=None):
     """The data set of --data_set for training or evaluation, and its number of classes. See `build_images`."""
     images = build_images(is_train, args, class_names)
     transform = build_transform(is_train, args)
-    dataset = TrainDataset(images, transform, args.seed) if is_train else EvalDataset(images, transform)
+    if is_train:
+        dataset = TrainDataset(images, transform, build_erasing(args), args.seed)
+    else:
+        dataset = EvalDataset(images, transform)
     return dataset, len(images.class_names)
 
 
@@ -700,27 +741,24 @@ def build_labelled_sets(args, class_names=None):
 
 
 def build_transform(is_train, args):
-    """timm's transform of a Pillow image or a uint8 tensor (C, H, W) to normalised float32 (C, height, width).
+    """timm's transform of a Pillow image or a uint8 tensor (C, H, W) to uint8 (C, height, width).
 
-    Training: random crop, flip, RandAugment or colour jitter, random erasing. Evaluation: the shorter side resized to
-    size / crop_pct and the centre cut out; without crop_pct, up to 32 and from 384 pixels on, resized to the very size.
-    The size of evaluation is args.eval_size, if that is given.
+    Training: random crop, flip, RandAugment or colour jitter. Evaluation: the shorter side resized to size / crop_pct
+    and the centre cut out; without crop_pct, up to 32 and from 384 pixels on, resized to the very size. The size of
+    evaluation is args.eval_size, if that is given.
     """
-    mean, std = pixel_statistics(args.in_chans, imagenet=args.imagenet_default_mean_and_std)
     size = args.input_size if is_train else getattr(args, "eval_size", None) or args.input_size
     smallest = min(size)
-    options = dict(input_size=(args.in_chans, *size), mean=mean.tolist(), std=std.tolist())
+    options = dict(input_size=(args.in_chans, *size), normalize=False)
     if is_train:
         transform = create_transform(
             **options,
             is_training=True,
+            mean=pixel_statistics(args.in_chans, args.imagenet_default_mean_and_std)[0].tolist(),  # fills, in --aa
             hflip=args.hflip,
             color_jitter=args.color_jitter,
             auto_augment=args.aa,
             interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
         )
         if smallest <= 32:  # as usual for CIFAR: whole images, shifted by up to 4 pixels
             resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC)
@@ -729,7 +767,22 @@ def build_transform(is_train, args):
         transform = create_transform(**options, interpolation="bicubic", crop_pct=args.crop_pct or 224 / 256)
     else:
         transform = create_transform(**options, interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
-    return v2.Compose([as_float, *transform.transforms])
+    return transform
+
+
+def posterize(image, bits, **_):
+    """timm's operation of that name, also for 0 bits, which leave black: so Pillow did before 13, which refuses."""
+    if bits <= 0:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits) if bits < 8 else image
+
+
+auto_augment.NAME_TO_OP.update((name, posterize) for name in auto_augment.NAME_TO_OP if name.startswith("Posterize"))
+
+
+def build_erasing(args):
+    """timm's random erasing, for `Erasures`."""
+    return RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
 
 
 def mixes(args):
@@ -752,11 +805,6 @@ def build_mixup(args):
     )
 
 
-def as_float(image):
-    """An array of an .npy file in [0, 1], as a Pillow image will be when it becomes a tensor."""
-    return image / 255 if torch.is_tensor(image) else image
-
-
 def pixel_statistics(in_chans, imagenet=True):
     """Mean and standard deviation of each channel, in [0, 1]: ImageNet's, or their averages if not 3 channels.
 
@@ -769,14 +817,14 @@ def pixel_statistics(in_chans, imagenet=True):
 
 
 @functools.cache  # a copy to a GPU for each batch would wait for it
-def pixel_scales(in_chans, device):
-    """ImageNet's mean and deviation, (C, 1, 1) each, on a device."""
-    return [s.to(device)[:, None, None] for s in pixel_statistics(in_chans)]
+def pixel_scales(in_chans, device, imagenet=True):
+    """`pixel_statistics`, (C, 1, 1) each, on a device."""
+    return [s.to(device)[:, None, None] for s in pixel_statistics(in_chans, imagenet)]
 
 
-def normalize(imgs):
-    """uint8 (N, C, H, W) -> float32, each channel with ImageNet's mean and deviation taken out."""
-    mean, std = pixel_scales(imgs.shape[1], imgs.device)
+def normalize(imgs, imagenet=True):
+    """uint8 (N, C, H, W) -> float32, each channel with the mean and deviation of `pixel_statistics` taken out."""
+    mean, std = pixel_scales(imgs.shape[1], imgs.device, imagenet)
     return (imgs / 255 - mean) / std
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from datasets import normalize
 from engine_pretrain import autocast, optimize
 from utils import Evaluation, UserError
 
@@ -15,7 +16,7 @@ def train_one_epoch(model, criterion, loader, optimizer, scaler, state, hooks, a
     """
 
     def forward(batch):
-        imgs, targets = batch.imgs, batch.targets
+        imgs, targets = batch.augmented(args.imagenet_default_mean_and_std), batch.targets
         if mixup_fn is not None:
             imgs, targets = mixup_fn(imgs, targets)
         return criterion(model(imgs).float(), targets)  # autocast on the CPU leaves a loss in low precision
@@ -33,6 +34,7 @@ def evaluate(model, loader, args, give_up=lambda: False):
     most = max(args.topk)
 
     def losses_and_classes(imgs, targets):
+        imgs = normalize(imgs, args.imagenet_default_mean_and_std)
         logits = model(imgs, window=args.pool_window).float()
         top = logits.topk(min(most, logits.shape[1])).indices
         return torch.cat([F.cross_entropy(logits, targets, reduction="none")[:, None].double(), top.double()], dim=1)
@@ -49,7 +51,7 @@ def evaluate(model, loader, args, give_up=lambda: False):
 
 @torch.no_grad()
 def collect(function, loader, device, args, divided=True, give_up=lambda: False):
-    """function(imgs, targets) -> a row (n, D) each, of every image of a data set, on the CPU in the order of the set.
+    """function(uint8 imgs, targets) -> a row (n, D) each, of every image of a set, on the CPU in the order of the set.
 
     divided: each process's loader yields a part; all get the whole. give_up: as in `evaluate`.
     Returns rows (n, D), targets (n,) and names of unreadable images, or None. Raises UserError if all are unreadable.

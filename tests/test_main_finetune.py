@@ -20,7 +20,7 @@ from timm.data import create_transform
 
 import hooks
 import main_finetune
-from datasets import LabelledBatch
+from datasets import LabelledBatch, normalize
 from models import convnextv2
 from optim_factory import get_num_layer_for_convnext_single, get_parameter_groups, half_cosine
 
@@ -673,7 +673,8 @@ def eval_transform(size):
 def test_evaluation_is_in_the_order_of_the_set(narrow):
     """However the loader, or the processes, divided it."""
     model = convnextv2.convnextv2_atto(num_classes=3)
-    imgs, targets = torch.randn(5, 3, 32, 32), torch.tensor([2, 0, 1, 1, 0])
+    imgs = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    targets = torch.tensor([2, 0, 1, 1, 0])
     parts = [torch.tensor(part) for part in ([3, 1], [4], [0, 2])]
     loader = [LabelledBatch(imgs[part], targets[part], part, []) for part in parts]
     args = main_finetune.get_args_parser().parse_args(["--device", "cpu"])
@@ -681,7 +682,7 @@ def test_evaluation_is_in_the_order_of_the_set(narrow):
     evaluation = main_finetune.evaluate(model, loader, args)
     assert evaluation.targets.tolist() == targets.tolist() and evaluation.accuracy(5) == 100
     with torch.no_grad():
-        logits = model.eval()(imgs)
+        logits = model.eval()(normalize(imgs))
     assert evaluation.top[:, 0].tolist() == logits.argmax(1).tolist()
     assert evaluation.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
 

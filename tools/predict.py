@@ -8,7 +8,7 @@ from argparse import Namespace
 import torch
 
 import utils
-from datasets import build_transform, read_files
+from datasets import build_transform, normalize, read_files
 from models.checkpoints import get_weights
 from models.convnextv2 import from_state_dict
 from utils import UserError
@@ -29,13 +29,12 @@ def get_args_parser():
 
 
 def build_eval_transform(args, trained, in_chans):
-    """The evaluation transform of the training, at --input_size if that is given."""
+    """The evaluation transform of the training, whose flags are given, at --input_size if that is."""
     size = args.input_size or trained.get("input_size", 224)
     size = [size] if isinstance(size, int) else size
     if len(size) > 2 or min(size) < 32:
         raise UserError(f"--input_size {' '.join(map(str, size))}: must be one or two numbers from 32 on")
-    flags = {"crop_pct": None, "imagenet_default_mean_and_std": True} | trained
-    return build_transform(False, Namespace(**flags | {"input_size": (size[0], size[-1]), "in_chans": in_chans}))
+    return build_transform(False, Namespace(**trained | {"input_size": (size[0], size[-1]), "in_chans": in_chans}))
 
 
 @torch.inference_mode()
@@ -50,9 +49,11 @@ def main(args):
     count = len(state["head.weight"])
     names = checkpoint.get("class_names") or [f"class {number}" for number in range(count)]
     in_chans = state["downsample_layers.0.0.weight"].shape[1]
-    transform = build_eval_transform(args, utils.training_flags(checkpoint), in_chans)
+    trained = {"crop_pct": None, "imagenet_default_mean_and_std": True} | utils.training_flags(checkpoint)
+    transform = build_eval_transform(args, trained, in_chans)
     for file, image in read_files("IMAGE", args.images, in_chans, transform):
-        top = model(image[None])[0].softmax(0).topk(min(args.topk, count))
+        imgs = normalize(image[None], trained["imagenet_default_mean_and_std"])
+        top = model(imgs)[0].softmax(0).topk(min(args.topk, count))
         classes = [
             f"{names[i]} {100 * p:.1f} %" for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ]

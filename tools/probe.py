@@ -91,9 +91,13 @@ def probe(trunk, loaders, args, give_up=lambda: False):
     Accuracies: {"probe_knn": per cent, "probe_linear": per cent}. By all processes together, each of which passes its
     part of the images through the network; the same on all and on any number of them. None if given up on any process.
     """
+
+    def mean_features(imgs, _):
+        return trunk(datasets.normalize(imgs)).float().mean((2, 3))
+
     device, parts, unreadable = torch.device(args.device), [], []
     for loader in loaders:
-        collected = collect(lambda imgs, _: trunk(imgs).float().mean((2, 3)), loader, device, args, give_up=give_up)
+        collected = collect(mean_features, loader, device, args, give_up=give_up)
         if collected is None:
             return None
         *features_and_targets, names = collected
