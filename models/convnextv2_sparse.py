@@ -39,12 +39,10 @@ from models.utils import (
 class Sites(NamedTuple):
     """The active sites of one stage: where the packed rows lie on the canvas, site by site and patch by patch."""
 
-    rows: torch.Tensor  # (N * S,) index of each packed row among the N * H * W sites of the canvas
-    canvas: tuple  # N, H, W
-    space_first: bool  # the canvas lies in memory as (H, W, N, C), which suits the CPU, or as (N, H, W, C)
+    rows: torch.Tensor  # (N * S,) number of each packed row's site among the N * H * W of the canvas
+    canvas: torch.Tensor  # (N, H, W) number of each site's packed row, N * S where there is none
     visible: torch.Tensor  # (N, V) numbers of the visible patches, int32
     slots: torch.Tensor  # (N, h, w) see `patch_slots`
-    scratch: dict  # canvases for `unpack` to use again
 
 
 def z_order(k, device=None):
@@ -71,46 +69,43 @@ def active_sites(visible, grid, k):
     y = (visible // grid[1])[:, :, None] * k + y  # (N, V, k * k)
     x = (visible % grid[1])[:, :, None] * k + x
     image = torch.arange(n, device=visible.device)[:, None, None]
-    space_first = visible.device.type == "cpu"
-    rows = (y * width + x) * n + image if space_first else (image * height + y) * width + x
-    return Sites(rows.flatten(), (n, height, width), space_first, visible.int(), patch_slots(visible, grid), {})
+    rows = ((image * height + y) * width + x).flatten()
+    canvas = torch.full((n * height * width,), len(rows), device=visible.device)
+    canvas = canvas.index_copy_(0, rows, torch.arange(len(rows), device=visible.device)).view(n, height, width)
+    return Sites(rows, canvas, visible.int(), patch_slots(visible, grid))
 
 
-def unpack(x, sites, scratch=None):
-    """Packed rows (N, S, C) -> canvas (N, C, H, W), zero at the other sites.
+def unpack(x, sites):
+    """Packed rows (N, S, C) -> canvas (N, C, H, W), zero at the other sites."""
+    canvas = x.new_zeros(sites.canvas.numel(), x.shape[-1]).index_copy_(0, sites.rows, x.flatten(0, 1))
+    return canvas.view(*sites.canvas.shape, -1).permute(0, 3, 1, 2)
 
-    scratch: any name. The canvas is then the one that this name had before: for no longer than until the next call.
+
+def unpack_by_gathering(x, sites, space_first=False):
+    """What `unpack` returns, in a third of its time on the CPU; its derivative would take longer there.
+
+    space_first: the canvas lies in memory as (H, W, N, C) instead of (N, H, W, C).
     """
-    n, h, w = sites.canvas
-    canvas = sites.scratch.get((scratch, x.dtype)) if scratch else None
-    if canvas is None:
-        canvas = x.new_zeros(n * h * w, x.shape[-1])
-        if scratch:
-            sites.scratch[scratch, x.dtype] = canvas
-    canvas = canvas.index_copy_(0, sites.rows, x.flatten(0, 1))
-    if sites.space_first:
-        return canvas.view(h, w, n, -1).permute(2, 3, 0, 1)
-    return canvas.view(n, h, w, -1).permute(0, 3, 1, 2)
+    rows = torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[-1])])
+    sources = sites.canvas.permute(1, 2, 0) if space_first else sites.canvas
+    canvas = rows.index_select(0, sources.flatten()).view(*sources.shape, -1)
+    return canvas.permute(2, 3, 0, 1) if space_first else canvas.permute(0, 3, 1, 2)
 
 
 def pack(canvas, sites):
     """Canvas (N, C, H, W) -> packed rows (N, S, C)."""
-    canvas = canvas.permute(2, 3, 0, 1) if sites.space_first else canvas.permute(0, 2, 3, 1)
-    rows = canvas.flatten(0, 2).index_select(0, sites.rows)
-    return rows.view(sites.canvas[0], -1, rows.shape[-1])
+    rows = canvas.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sites.rows)
+    return rows.view(len(sites.canvas), -1, rows.shape[-1])
 
 
 class _SparseDepthwiseConvCPU(torch.autograd.Function):
-    """`pack(depthwise_conv(unpack(x)))` for the CPU, that neither keeps a canvas nor clears one for each block.
-
-    All blocks of a stage write to the same sites, so the others stay zero.
-    """
+    """`pack(depthwise_conv(unpack(x)))` for the CPU, that keeps rows instead of canvases for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, sites):
         ctx.save_for_backward(x, weight, bias)
         ctx.sites = sites
-        return pack(conv_as_it_lies(unpack(x, sites, "x"), weight, bias), sites)
+        return pack(conv_as_it_lies(unpack_by_gathering(x, sites), weight, bias), sites)
 
     @staticmethod
     def backward(ctx, grad):
@@ -121,9 +116,9 @@ class _SparseDepthwiseConvCPU(torch.autograd.Function):
                 return pack(depthwise_conv(unpack(x, ctx.sites), weight, bias), ctx.sites)
 
             return *grad_by_autograd(plain, (x, weight, bias), grad), None
-        grad_canvas = unpack(grad, ctx.sites, "grad")
-        grad_x = pack(conv_as_it_lies(grad_canvas, weight.flip(2, 3)), ctx.sites)
-        grad_weight = weight_grad_as_it_lies(unpack(x, ctx.sites, "x"), grad_canvas, weight)
+        grad_x = pack(conv_as_it_lies(unpack_by_gathering(grad, ctx.sites), weight.flip(2, 3)), ctx.sites)
+        x_canvas, grad_canvas = (unpack_by_gathering(rows, ctx.sites, space_first=True) for rows in (x, grad))
+        grad_weight = weight_grad_as_it_lies(x_canvas, grad_canvas, weight)
         return grad_x, grad_weight, grad.sum((0, 1)), None
 
 

@@ -1,6 +1,8 @@
 """The schedule, the parameter groups and the files, against values worked out by hand."""
 
 import argparse
+import platform
+import resource
 
 import numpy as np
 import pytest
@@ -311,3 +313,18 @@ def test_only_its_own_half_written_files_are_removed(tmp_path):
         (tmp_path / name).touch()
     utils.remove_half_written(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "notes.tmp"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_freed_memory_is_kept():
+    """The system would have to clear 16384 pages for each of these tensors."""
+    utils.keep_freed_memory()
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()  # the heap grows
+    assert faults() < 1000

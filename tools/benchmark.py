@@ -61,6 +61,7 @@ from models import convnextv2, fcmae
 from models.checkpoints import to_timm
 from models.utils import use_triton
 from tools.dense_masked import DenseMasked
+from utils import keep_freed_memory
 
 warnings.filterwarnings("ignore", module="MinkowskiEngine")  # it warns on import where it was built without CUDA
 WARM_UP = 2
@@ -112,6 +113,8 @@ def build(name, contestant, input_size):
 
 def make_step(name, contestant, batch_size, args):
     """A function without arguments that runs what --part says once, on one fixed batch of noise."""
+    if args.device == "cpu":
+        keep_freed_memory()  # as the scripts do
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # the default for matrix products; convolutions would have an advantage
     use_triton("triton" in contestant)
