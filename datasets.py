@@ -28,6 +28,7 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_STD,
 )
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import InterpolationMode, v2
 
@@ -226,7 +227,16 @@ def read_image(path, in_chans):
     Raises what `open_image` raises, and whatever Pillow raises for a file that it cannot decode.
     """
     with open_image(path, in_chans) as image:
-        return image if torch.is_tensor(image) else to_colours(image, in_chans)
+        return decode(image, in_chans)
+
+
+def decode(image, in_chans, shrink=1):
+    """What `open_image` opened, as `read_image` returns it; shrink as in `read_pixels`."""
+    if torch.is_tensor(image):
+        return image
+    if shrink > 1:
+        image.draft(image.mode, (image.width // shrink, image.height // shrink))
+    return to_colours(image, in_chans)
 
 
 def read_pixels(image, in_chans, shrink=1):
@@ -234,17 +244,13 @@ def read_pixels(image, in_chans, shrink=1):
 
     shrink: 1, or for a JPEG 2, 4 or 8: of each dimension that part, rounded up, is decoded.
     """
-    if torch.is_tensor(image):
-        return image
-    if shrink > 1:
-        image.draft(image.mode, (image.width // shrink, image.height // shrink))
-    elif isinstance(image, JpegImageFile) and in_chans < 4 and image.mode in ("L", COLOUR_MODES[in_chans]):
-        pixels = decode_whole(image)
-        if pixels is not None:
-            return pixels.expand(in_chans, -1, -1)
-    image = to_colours(image, in_chans)
+    plain = isinstance(image, JpegImageFile) and in_chans < 4 and image.mode in ("L", COLOUR_MODES[in_chans])
+    pixels = decode_whole(image) if plain and shrink == 1 else None
+    if pixels is not None:
+        return pixels.expand(in_chans, -1, -1)
+    image = decode(image, in_chans, shrink)
     # Resizing weighs colours by their opacity: Pillow does, tensors do not
-    return image if image.mode == "RGBA" else v2.functional.pil_to_tensor(image)
+    return image if torch.is_tensor(image) or image.mode == "RGBA" else v2.functional.pil_to_tensor(image)
 
 
 def decode_whole(jpeg):
@@ -362,11 +368,10 @@ class Digits:
     def name(self, index):
         return f"digit {self.numbers[index]}"
 
-    def open(self, index):
-        return self.read(index)  # a Pillow image closes like a file
-
     def read(self, index):
         return Image.fromarray(self.images[self.numbers[index]]).convert(COLOUR_MODES[self.in_chans])
+
+    open = read  # a Pillow image closes like a file
 
 
 class Cifar:
@@ -392,6 +397,8 @@ class Cifar:
     def read(self, index):
         return self.data[index][0].convert(COLOUR_MODES[self.in_chans])
 
+    open = read
+
 
 class Subset:
     """The first `count` images of each class of other images."""
@@ -406,6 +413,9 @@ class Subset:
 
     def name(self, index):
         return self.images.name(self.numbers[index])
+
+    def open(self, index):
+        return self.images.open(self.numbers[index])
 
     def read(self, index):
         return self.images.read(self.numbers[index])
@@ -545,21 +555,27 @@ class LabelledBatch(NamedTuple):
         return imgs
 
 
-class View(NamedTuple):
-    """All that is random in a pre-training sample: which part of an image it shows, and what decides its mask."""
+class Crop(NamedTuple):
+    """A part of an image, in pixels."""
 
-    top: int  # of the crop, as the others in pixels of the image
+    top: int
     left: int
     height: int
     width: int
-    mirrored: bool
-    noise: torch.Tensor  # (L,) in [0, 1)
 
     def shrunk(self, by):
-        """The same view of the image decoded at 1 / by of its size: edges move to the nearest pixel there."""
+        """The same part of the image decoded at 1 / by of its size: edges move to the nearest pixel there."""
         top, left = round(self.top / by), round(self.left / by)
         bottom, right = round((self.top + self.height) / by), round((self.left + self.width) / by)
-        return self._replace(top=top, left=left, height=bottom - top, width=right - left)
+        return Crop(top, left, bottom - top, right - left)
+
+
+class View(NamedTuple):
+    """All that is random in a pre-training sample: which part of an image it shows, and what decides its mask."""
+
+    crop: Crop
+    mirrored: bool
+    noise: torch.Tensor  # (L,) in [0, 1)
 
 
 class PretrainDataset(torch.utils.data.Dataset):
@@ -596,26 +612,28 @@ class PretrainDataset(torch.utils.data.Dataset):
         with self.images.open(index) as image:
             height, width = v2.functional.get_size(image)
             views = [self.draw_view(key, height, width) for key in keys]
-            shrink = most_shrink(views, self.input_size) if isinstance(image, JpegImageFile) else 1
-            return read_pixels(image, self.images.in_chans, shrink), [view.shrunk(shrink) for view in views]
+            crops = [view.crop for view in views]
+            shrink = most_shrink(crops, self.input_size) if isinstance(image, JpegImageFile) else 1
+            views = [view._replace(crop=view.crop.shrunk(shrink)) for view in views]
+            return read_pixels(image, self.images.in_chans, shrink), views
 
     def draw_view(self, key, height, width):
         """The view that a key has of an image of that size."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, *key))
         noise = torch.rand(self.num_patches, generator=generator)
         crop = draw_crop(height, width, self.scale, generator)
-        return View(*crop, mirrored=torch.rand((), generator=generator).item() < self.hflip, noise=noise)
+        return View(crop, mirrored=torch.rand((), generator=generator).item() < self.hflip, noise=noise)
 
     def cut(self, image, view):
         """(C, H, W) uint8 of a tensor or Pillow image."""
-        image = v2.functional.resized_crop(image, *view[:4], self.input_size, InterpolationMode.BICUBIC)
+        image = v2.functional.resized_crop(image, *view.crop, self.input_size, InterpolationMode.BICUBIC)
         if isinstance(image, Image.Image):
             image = v2.functional.pil_to_tensor(image)
         return v2.functional.horizontal_flip(image) if view.mirrored else image
 
 
 def draw_crop(height, width, scale, generator, ratio=(3 / 4, 4 / 3), tries=10):
-    """Top, left, height, width of a random crop by the law of torchvision's RandomResizedCrop (Inception's).
+    """A random `Crop` by the law of torchvision's RandomResizedCrop (Inception's).
 
     Its share of the area is uniform in `scale`, the logarithm of its width / height in `ratio`, its place among those
     within the image. If none of the tries fits, the largest centred crop of a ratio in those bounds.
@@ -626,18 +644,18 @@ def draw_crop(height, width, scale, generator, ratio=(3 / 4, 4 / 3), tries=10):
         width_per_height = math.exp(low + log_ratio * (high - low))
         h, w = round(math.sqrt(area / width_per_height)), round(math.sqrt(area * width_per_height))
         if 0 < h <= height and 0 < w <= width:
-            return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+            return Crop(int(y * (height - h + 1)), int(x * (width - w + 1)), h, w)
     h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-    return (height - h) // 2, (width - w) // 2, h, w
+    return Crop((height - h) // 2, (width - w) // 2, h, w)
 
 
-def most_shrink(views, size):
-    """The largest of 1, 2, 4, 8 by which an image may be decoded smaller and each view still not be enlarged to size.
+def most_shrink(crops, size):
+    """The largest of 1, 2, 4, 8 by which a JPEG may be decoded smaller and each crop still not be enlarged to size.
 
     libjpeg then leaves out most of the inverse transform. Crops of 224: the samples of 2000 x 1500 pixels take 1 / 1.6
     of the time, those of 1024 x 768 1 / 1.1; of 500 x 375 hardly any can be shrunk.
     """
-    room = min(min(view.height / (size[0] + 1), view.width / (size[1] + 1)) for view in views)  # + 1: edges move
+    room = min(min(crop.height / (size[0] + 1), crop.width / (size[1] + 1)) for crop in crops)  # + 1: edges move
     return max(shrink for shrink in (1, 2, 4, 8) if shrink <= max(room, 1))
 
 
@@ -652,8 +670,27 @@ def read_or_next(images, index, read=None):
     raise OSError(f"none of the {len(images)} images can be read any more; the first: {unreadable[0]}")
 
 
+class DecodeAndCrop(RandomResizedCropAndInterpolation):
+    """timm's random crop, resized, of an image that is opened only: a JPEG is decoded no larger than the crop needs."""
+
+    def __init__(self, in_chans, size, interpolation):
+        super().__init__(size, interpolation=interpolation)
+        self.in_chans = in_chans
+
+    def __call__(self, image):
+        crop = Crop(*self.get_params(image, self.scale, self.ratio))
+        several = isinstance(self.interpolation, tuple | list)
+        interpolation = random.choice(self.interpolation) if several else self.interpolation
+        shrink = most_shrink([crop], self.size) if isinstance(image, JpegImageFile) else 1
+        image = decode(image, self.in_chans, shrink)
+        return v2.functional.resized_crop(image, *crop.shrunk(shrink), self.size, interpolation)
+
+
 class TrainDataset(torch.utils.data.Dataset):
-    """Augmented images with their classes; `dataset[epoch, index]`. Stand-ins as in `PretrainDataset`."""
+    """Augmented images with their classes; `dataset[epoch, index]`. Stand-ins as in `PretrainDataset`.
+
+    transform: of an opened image, see `open_image`, to uint8 (C, height, width).
+    """
 
     collate = staticmethod(LabelledBatch.collate)
 
@@ -662,12 +699,14 @@ class TrainDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         """(epoch, index) -> image (C, H, W) uint8, class, index, names of unreadable files, `Erasures`."""
-        epoch, index = key
-        image, number, unreadable = read_or_next(self.images, index)
-        with randomness_of(self.seed, epoch, index):
-            image = self.transform(image)
-            erasures = self.erasing(Erasures(image.shape))
+        (image, erasures), number, unreadable = read_or_next(self.images, key[1], lambda number: self.read(number, key))
         return image, int(self.images.targets[number]), number, unreadable, erasures
+
+    def read(self, number, key):
+        """The image of that number, augmented as the key says, and its erasures."""
+        with randomness_of(self.seed, *key), self.images.open(number) as image:
+            image = self.transform(image)
+            return image, self.erasing(Erasures(image.shape))
 
 
 class Erasures(list):
@@ -741,11 +780,11 @@ def build_labelled_sets(args, class_names=None):
 
 
 def build_transform(is_train, args):
-    """timm's transform of a Pillow image or a uint8 tensor (C, H, W) to uint8 (C, height, width).
+    """timm's transform of a Pillow image, or of a tensor (C, H, W), to uint8 (C, height, width).
 
-    Training: random crop, flip, RandAugment or colour jitter. Evaluation: the shorter side resized to size / crop_pct
-    and the centre cut out; without crop_pct, up to 32 and from 384 pixels on, resized to the very size. The size of
-    evaluation is args.eval_size, if that is given.
+    Training: of an image that `open_image` opened; random crop, flip, RandAugment or colour jitter. Evaluation: the
+    shorter side resized to size / crop_pct and the centre cut out; without crop_pct, up to 32 and from 384 pixels on,
+    resized to the very size. The size of evaluation is args.eval_size, if that is given.
     """
     size = args.input_size if is_train else getattr(args, "eval_size", None) or args.input_size
     smallest = min(size)
@@ -758,11 +797,15 @@ def build_transform(is_train, args):
             hflip=args.hflip,
             color_jitter=args.color_jitter,
             auto_augment=args.aa,
-            interpolation=args.train_interpolation,
+            interpolation=args.train_interpolation,  # of RandAugment
         )
         if smallest <= 32:  # as usual for CIFAR: whole images, shifted by up to 4 pixels
+            read = functools.partial(decode, in_chans=args.in_chans)
             resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC)
-            transform.transforms[0] = v2.Compose([resize, v2.RandomCrop(size, padding=4)])
+            crop = v2.Compose([read, resize, v2.RandomCrop(size, padding=4)])
+        else:
+            crop = DecodeAndCrop(args.in_chans, size, args.train_interpolation)
+        transform.transforms[0] = crop
     elif args.crop_pct or 32 < smallest < 384:
         transform = create_transform(**options, interpolation="bicubic", crop_pct=args.crop_pct or 224 / 256)
     else:

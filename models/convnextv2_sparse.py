@@ -128,7 +128,7 @@ def sparse_depthwise_conv(x, weight, bias, sites):
         from models import kernels  # imports Triton
 
         return kernels.sparse_depthwise_conv(x, weight, bias, sites.visible, sites.slots)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu":
         return _SparseDepthwiseConvCPU.apply(*cast_as_autocast(x, weight, bias), sites)
     return pack(depthwise_conv(unpack(x, sites), weight, bias), sites)
 

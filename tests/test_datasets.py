@@ -204,7 +204,7 @@ def test_digits_hold_out_a_fixed_fifth_with_all_classes():
 def draw_crops(height, width, scale, count):
     """(count, 4) top, left, height, width: as `draw_view` draws them, and as torchvision's transform does."""
     dataset = PretrainDataset((), (32, 32), 1, seed=0, scale=scale)
-    ours = [dataset.draw_view((0, index), height, width)[:4] for index in range(count)]
+    ours = [dataset.draw_view((0, index), height, width).crop for index in range(count)]
     draw, picture = transforms.RandomResizedCrop.get_params, torch.empty(1, 1, 1).expand(1, height, width)
     with datasets.randomness_of(0):
         return np.array(ours), np.array([draw(picture, scale, (3 / 4, 4 / 3)) for _ in range(count)])
@@ -231,12 +231,13 @@ def test_an_image_that_no_crop_fits_is_cropped_in_its_centre(size):
 
 
 def view(top, left, height, width, mirrored=False):
-    return datasets.View(top, left, height, width, mirrored, torch.zeros(1))
+    return datasets.View(datasets.Crop(top, left, height, width), mirrored, torch.zeros(1))
 
 
 def cut_by_pillow(image, view, size):
     """As the original's transform crops, resizes and mirrors."""
-    part = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+    top, left, height, width = view.crop
+    part = image.crop((left, top, left + width, top + height))
     pixels = v2.functional.pil_to_tensor(part.resize(size[::-1], Image.Resampling.BICUBIC)).int()
     return pixels.flip(2) if view.mirrored else pixels
 
@@ -276,7 +277,7 @@ def test_half_of_the_samples_are_mirrored_whatever_their_crops():
     def mirrored(hflip):
         dataset = PretrainDataset((), (32, 32), 1, seed=0, hflip=hflip)
         views = [dataset.draw_view((0, index), 300, 400) for index in range(1000)]
-        return np.array([view.mirrored for view in views]), np.array([view[:4] for view in views])
+        return np.array([view.mirrored for view in views]), np.array([view.crop for view in views])
 
     assert not mirrored(0)[0].any() and mirrored(1)[0].all() and 0.2 < mirrored(0.25)[0].mean() < 0.3
     half, crops = mirrored(0.5)
@@ -292,24 +293,24 @@ def test_a_jpeg_is_decoded_as_small_as_its_crops_allow(tmp_path, decoded, size):
     for index in range(40):
         keys = [(0, index), (0, index, 1)]
         pixels, views = dataset.read(0, keys)
-        drawn = [dataset.draw_view(key, 1001, 1500) for key in keys]
-        room = min(min(view.height / (size[0] + 1), view.width / (size[1] + 1)) for view in drawn)
+        drawn = [dataset.draw_view(key, 1001, 1500).crop for key in keys]
+        room = min(min(crop.height / (size[0] + 1), crop.width / (size[1] + 1)) for crop in drawn)
         shrinks.append(max(by for by in (1, 2, 4, 8) if by == 1 or by <= room))
         assert pixels.shape == (3, -(-1001 // shrinks[-1]), -(-1500 // shrinks[-1]))
-        assert views == [view.shrunk(shrinks[-1]) for view in drawn]
+        assert [view.crop for view in views] == [crop.shrunk(shrinks[-1]) for crop in drawn]
     assert set(shrinks) == {1, 2, 4, 8}
     assert decoded == [(3, 1001, 1500)] * shrinks.count(1)
 
 
-def test_a_shrunk_view_is_large_enough_and_shows_the_same():
+def test_a_shrunk_crop_is_large_enough_and_shows_the_same():
     dataset = PretrainDataset((), (64, 96), 1, seed=0)
     for index in range(300):
-        view = dataset.draw_view((0, index), 1001, 1500)
+        crop = dataset.draw_view((0, index), 1001, 1500).crop
         for by in (2, 4, 8):
-            if by <= datasets.most_shrink([view], (64, 96)):
-                small = view.shrunk(by)
+            if by <= datasets.most_shrink([crop], (64, 96)):
+                small = crop.shrunk(by)
                 assert small.height >= 64 and small.width >= 96
-                edges = (view.top, view.left, view.top + view.height, view.left + view.width)
+                edges = (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)
                 moved = (small.top, small.left, small.top + small.height, small.left + small.width)
                 assert max(abs(edge / by - other) for edge, other in zip(edges, moved, strict=True)) <= 0.5
 
@@ -324,7 +325,7 @@ def test_a_jpeg_decoded_smaller_looks_the_same(tmp_path, by):
         same = view(top * by, left * by, 65 * by, 97 * by)
         expected = dataset.cut(whole, same).float()
         difference = dataset.cut(small, view(top, left, 65, 97)) - expected
-        moved = dataset.cut(whole, same._replace(top=same.top + by // 2)) - expected
+        moved = dataset.cut(whole, view(top * by + by // 2, left * by, 65 * by, 97 * by)) - expected
         assert difference.abs().mean() < 0.75 * moved.abs().mean() and difference.mean().abs() < 0.3
 
 
@@ -652,7 +653,10 @@ def evaluated(text):
 class Images(list):
     """What `build_images` returns."""
 
-    targets, read = [0], list.__getitem__
+    targets = [0]
+
+    def open(self, index):
+        return self[index].copy()  # a context manager of it
 
 
 def trained_batch(text, seeds, image=PICTURE):
@@ -688,6 +692,26 @@ def test_training_images_are_timms(mode):
             expected.append(theirs(PICTURE))
     text = f"--input_size 64 96 --reprob 0.5 --remode {mode} --recount 3"
     assert torch.equal(trained_batch(text, range(8)), torch.stack(expected))
+
+
+def test_large_jpegs_are_decoded_as_small_as_the_crop_of_fine_tuning_allows(tmp_path, monkeypatch):
+    """The same crops as from the whole picture, which look the same: nearer than a crop a little beside."""
+    path = tmp_path / "a.jpg"
+    PHOTO.resize((1500, 1001), Image.Resampling.BICUBIC).save(path, quality=95)
+    transform = datasets.build_transform(True, flags("--input_size 64 96 --aa none"))
+    sizes = []
+    crop = datasets.v2.functional.resized_crop
+    monkeypatch.setattr(
+        datasets.v2.functional, "resized_crop", lambda image, *a: sizes.append(image.size) or crop(image, *a)
+    )
+    for seed in range(20):
+        samples = []
+        for image in (Image.open(path), Image.open(path).copy()):  # a copy is no JPEG any more
+            with datasets.randomness_of(seed):
+                samples.append(transform(image).float())
+        small, whole = samples
+        assert (small - whole).abs().mean() < 0.75 * (small - whole.roll(1, 2))[..., 1:].abs().mean()
+    assert set(sizes[1::2]) == {(1500, 1001)} and len(set(sizes[::2])) > 2 and min(sizes) == (188, 126)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (384, 384), (416, 384)])

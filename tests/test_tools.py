@@ -334,23 +334,27 @@ def test_classifiers_of_the_benchmark_have_the_same_weights(seed_and_one_thread)
 def test_benchmark_times_loaders(tool, monkeypatch, seed_and_one_thread):
     monkeypatch.setattr(loaders, "COUNTS", {(50, 40): 8, (100, 80): 4})
     status, out, _ = tool("benchmark", *"--part loader --input_size 64 --rounds 3 --json".split())
-    small, large = json.loads(out)["files"]
-    assert status == 0 and (small["files"], large["files"]) == ("JPEGs of 50 x 40", "JPEGs of 100 x 80")
-    for result, count in ((small, 8), (large, 4)):
+    results = json.loads(out)["files"]
+    names = [f"{training}, JPEGs of {size}" for size in ("50 x 40", "100 x 80") for training in loaders.MAKE_STEPS]
+    assert status == 0 and [result["files"] for result in results] == names
+    for result, count in zip(results, (8, 8, 4, 4), strict=True):
         original, *others = result["contestants"]
-        assert original["times_original"] == 1 and len(others) == 2
+        assert original["times_original"] == 1 and len(others) == 2 - result["files"].startswith("fine")
         for row in (original, *others):
             ratios = [a / b for a, b in zip(original["times_ms"], row["times_ms"], strict=True)]
             assert row["times_original"] == pytest.approx(sorted(ratios)[1], abs=0.01)
             assert row["images_per_s"] == pytest.approx(1e3 * count / sorted(row["times_ms"])[1], rel=0.01)
     status, out, _ = tool("benchmark", *"--part loader --input_size 64 --rounds 1".split())
-    assert status == 0 and "JPEGs of 50 x 40, batch size 8" in out and "x original" in out
+    assert status == 0 and "fine-tuning, JPEGs of 50 x 40, batch size 8" in out and "x original" in out
 
 
 def test_loaders_of_the_benchmark_deliver_as_many_images(tmp_path, monkeypatch):
     loaders.draw_jpegs(tmp_path / "photographs", 8, (50, 40))
-    ((imgs, _),) = loaders.original(tmp_path, 32)
-    assert imgs.shape == (8, 3, 32, 32) and imgs.dtype == torch.float32 and imgs.min() < 0
+    for transform in (loaders.original(64), loaders.original_finetuning(64)):
+        ((imgs, _),) = loaders.whole_batch(tmp_path, transform)
+        assert imgs.shape == (8, 3, 64, 64) and imgs.dtype == torch.float32 and imgs.min() < 0
+    (batch,) = loaders.own_finetuning(tmp_path, 64)
+    assert batch.imgs.shape == (8, 3, 64, 64) and batch.imgs.dtype == torch.uint8
     for repeats in (1, 4):
         loader = loaders.own(tmp_path, 32, repeats)
         (batch,) = loader

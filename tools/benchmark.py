@@ -13,7 +13,8 @@ Contestants, each with its own model and optimizer, all with the same initial we
     packed compiled   the same under torch.compile(fullgraph=True), with --compile
     packed triton     with depthwise convolutions by models/kernels.py, on CUDA with --triton; also compiled
     dense masked      its encoder computes every site and masks it: tools/dense_masked.py
-    dense unmasked    its encoder is the fine-tuning network, on the whole image: what masking should save
+    dense unmasked    its encoder is the fine-tuning network, on the whole image: what masking should save; also
+                      compiled, with --compile
     minkowski         its encoder runs on MinkowskiEngine, where that is installed
 
 and of --part finetune, steps of a classifier of 1000 classes with label smoothing:
@@ -31,8 +32,9 @@ and optimizer state included (torch.cuda.max_memory_allocated). CPU, on Linux: h
 rises during the step (VmHWM less VmRSS before), that is activations, gradients and workspace; weights and optimizer
 state are older, and the same for all. An error in one contestant stands in its row; the others go on.
 
-The contestants of --part loader are in tools/loaders.py: the original's transform, this project's loader, and the same
-with 4 crops an image. "x original" is the original's time over a contestant's: 2.00 delivers twice as many images.
+The contestants of --part loader are in tools/loaders.py: the original's transform, this project's loader, and for
+pre-training the same with 4 crops an image. "x original" is the original's time over a contestant's: 2.00 delivers
+twice as many images.
 """
 
 import argparse
@@ -104,7 +106,7 @@ def build(name, contestant, input_size):
         return other
     if contestant == "dense masked":
         model.encoder = DenseMasked(model.encoder)
-    elif contestant == "dense unmasked":
+    elif contestant.startswith("dense unmasked"):
         dense = DenseUnmasked(getattr(convnextv2, name)(num_classes=1))
         dense.load_state_dict(model.encoder.state_dict())
         model.encoder = dense
@@ -267,13 +269,16 @@ def compare_loaders(args):
 
     for size, count in loaders.COUNTS.items():
         with tempfile.TemporaryDirectory() as folder:
-            steps = loaders.make_steps(folder, size, args.input_size)
-            rows = {c: dict(contestant=c, times_ms=[]) for c in steps}
-            time_rounds(rows, steps, args)
-        add_figures(rows, steps, count)
-        for c in steps:
-            rows[c]["times_original"] = median_ratio(rows["original"], rows[c]) if "original" in steps else None
-        yield dict(files="JPEGs of {} x {}".format(*size), batch_size=count, contestants=list(rows.values()))
+            loaders.draw_jpegs(Path(folder) / "photographs", count, size)
+            for training, make_steps in loaders.MAKE_STEPS.items():
+                steps = make_steps(folder, args.input_size)
+                rows = {c: dict(contestant=c, times_ms=[]) for c in steps}
+                time_rounds(rows, steps, args)
+                add_figures(rows, steps, count)
+                for c in steps:
+                    rows[c]["times_original"] = median_ratio(rows["original"], rows[c]) if "original" in steps else None
+                files = "{}, JPEGs of {} x {}".format(training, *size)
+                yield dict(files=files, batch_size=count, contestants=list(rows.values()))
 
 
 def time_rounds(rows, steps, args):
@@ -443,7 +448,8 @@ def choose_contestants(args):
     if args.part == "finetune":
         return contestants + ["timm", "timm channels last"] + ["timm channels last compiled"] * args.compile, {}
     why = why_no_minkowski(args)
-    contestants += ["dense masked", "dense unmasked"] + ["minkowski"] * (why is None)
+    contestants += ["dense masked", "dense unmasked"] + ["dense unmasked compiled"] * args.compile
+    contestants += ["minkowski"] * (why is None)
     return contestants, {"minkowski": why} if why else {}
 
 

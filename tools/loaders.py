@@ -1,18 +1,19 @@
-"""What `tools.benchmark --part loader` times: JPEG files to a batch, by the original's transform and by datasets.py.
+"""What `tools.benchmark --part loader` times: JPEG files to a batch, by the original's transforms and by datasets.py.
 
 One process, one thread, no workers, files that the system still holds in memory: what a core delivers, not a disk.
 """
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
 import datasets
+import main_finetune
 
 COUNTS = {(500, 375): 100, (2000, 1500): 20}  # width, height of the files: how many of them
 
@@ -36,9 +37,9 @@ def draw_jpegs(folder, count, size):
         part.save(folder / f"{number:03}.jpg", quality=90)
 
 
-def original(folder, input_size):
-    """Pillow's picture cropped, flipped, made a tensor and normalised, all on the CPU: batches of float32."""
-    transform = transforms.Compose(
+def original(input_size):
+    """Pillow's picture cropped, flipped, made a tensor and normalised, all on the CPU."""
+    return transforms.Compose(
         [
             transforms.RandomResizedCrop(input_size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
@@ -46,6 +47,22 @@ def original(folder, input_size):
             transforms.Normalize(datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD),
         ]
     )
+
+
+def original_finetuning(input_size):
+    """timm's, as by default: RandAugment and random erasing, all on the CPU."""
+    return create_transform(
+        input_size,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+    )
+
+
+def whole_batch(folder, transform):
+    """A batch of all images of a folder, float32."""
     images = torchvision_datasets.ImageFolder(folder, transform)
     return DataLoader(images, batch_size=len(images), shuffle=True)
 
@@ -58,15 +75,34 @@ def own(folder, input_size, repeats=1):
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
 
 
-def make_steps(folder, size, input_size):
+def own_finetuning(folder, input_size):
+    """The loader of fine-tuning with its default augmentation: batches of uint8 and noise."""
+    flags = ["--data_set", "image_folder", "--data_path", str(folder)]
+    args = main_finetune.get_args_parser().parse_args(flags)
+    args.input_size = (input_size, input_size)
+    dataset, _ = datasets.build_dataset(True, args)
+    sampler = datasets.EpochSampler(len(dataset.images), len(dataset.images), 1, seed=0)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
+
+
+def pretraining_steps(folder, input_size):
     """Functions without arguments, by contestant, that load a batch of as many samples as there are files."""
-    draw_jpegs(Path(folder) / "photographs", COUNTS[size], size)
-    loaders = {
-        "original": original(folder, input_size),
-        "this loader": own(folder, input_size),
-        "4 crops an image": own(folder, input_size, repeats=4),
+    return {
+        "original": step_of(whole_batch(folder, original(input_size))),
+        "this loader": step_of(own(folder, input_size)),
+        "4 crops an image": step_of(own(folder, input_size, repeats=4)),
     }
-    return {contestant: step_of(loader) for contestant, loader in loaders.items()}
+
+
+def finetuning_steps(folder, input_size):
+    """The same for fine-tuning."""
+    return {
+        "original": step_of(whole_batch(folder, original_finetuning(input_size))),
+        "this loader": step_of(own_finetuning(folder, input_size)),
+    }
+
+
+MAKE_STEPS = {"pre-training": pretraining_steps, "fine-tuning": finetuning_steps}
 
 
 def step_of(loader):
