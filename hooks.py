@@ -423,10 +423,11 @@ class Console(Hook):
     def on_log(self, state):
         epochs, steps = state.args.epochs, state.steps_per_epoch
         left = (epochs - state.epochs_done) / (state.epochs_done - self.start) * (time.perf_counter() - self.started)
+        rate = state.images_per_second
         line = (
             f"epoch {state.epoch:>{len(str(epochs))}}/{epochs}  step {state.step:>{len(str(steps))}}/{steps}"
             f"  loss {state.loss:.4f} (epoch {state.epoch_loss.value:.4f})  lr {state.lr:.2e}"
-            f"  {state.images_per_second:.0f} img/s  data {state.data_seconds:.3f} s/batch  eta {hours(left)}"
+            f"  {rate:.{0 if rate >= 10 else 2}f} img/s  data {state.data_seconds:.3f} s/batch  eta {hours(left)}"
         )
         if state.device_type == "cuda":
             line += f"  memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
