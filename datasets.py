@@ -689,24 +689,27 @@ class DecodeAndCrop(RandomResizedCropAndInterpolation):
 class TrainDataset(torch.utils.data.Dataset):
     """Augmented images with their classes; `dataset[epoch, index]`. Stand-ins as in `PretrainDataset`.
 
-    transform: of an opened image, see `open_image`, to uint8 (C, height, width).
+    transform: a `Compose` from an opened image, see `open_image`, to uint8 (C, height, width), whose first decodes it.
     """
 
     collate = staticmethod(LabelledBatch.collate)
 
     def __init__(self, images, transform, erasing, seed):
-        self.images, self.transform, self.erasing, self.seed = images, transform, erasing, seed
+        self.images, self.erasing, self.seed = images, erasing, seed
+        self.crop, self.augment = transform.transforms[0], v2.Compose(transform.transforms[1:])
 
     def __getitem__(self, key):
         """(epoch, index) -> image (C, H, W) uint8, class, index, names of unreadable files, `Erasures`."""
-        (image, erasures), number, unreadable = read_or_next(self.images, key[1], lambda number: self.read(number, key))
+        epoch, index = key
+        with randomness_of(self.seed, epoch, index):
+            image, number, unreadable = read_or_next(self.images, index, self.read)
+            image = self.augment(image)
+            erasures = self.erasing(Erasures(image.shape))
         return image, int(self.images.targets[number]), number, unreadable, erasures
 
-    def read(self, number, key):
-        """The image of that number, augmented as the key says, and its erasures."""
-        with randomness_of(self.seed, *key), self.images.open(number) as image:
-            image = self.transform(image)
-            return image, self.erasing(Erasures(image.shape))
+    def read(self, number):
+        with self.images.open(number) as image:
+            return self.crop(image)
 
 
 class Erasures(list):

@@ -846,6 +846,24 @@ def test_a_labelled_stand_in_brings_its_own_class(tmp_path):
     assert batch.indices.tolist() == [1] and batch.targets.tolist() == [1] and len(batch.imgs) == len(batch.unreadable)
 
 
+def test_an_error_of_the_augmentation_is_not_taken_for_an_unreadable_image(labelled_folder):
+    dataset, _ = datasets.build_dataset(True, flags("--input_size 48 --aa none", data_path=str(labelled_folder)))
+    dataset.augment = lambda image: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        dataset[0, 0]
+
+
+def test_erasures_come_from_workers_as_from_the_main_process(labelled_folder):
+    def batch(workers):
+        args = flags(f"--input_size 48 --reprob 1 --recount 2 --batch_size 4 --num_workers {workers}")
+        dataset, _ = datasets.build_dataset(True, SimpleNamespace(**vars(args) | {"data_path": str(labelled_folder)}))
+        loader, _ = datasets.build_train_loader(dataset, args)
+        return next(iter(loader))
+
+    ours, theirs = batch(0), batch(2)
+    assert len(ours.erased) >= 4 and torch.equal(ours.augmented(), theirs.augmented())
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_covers_every_image_once(labelled_folder, monkeypatch, world_size):
     args = flags("--input_size 32 --batch_size 2 --num_workers 0", data_path=str(labelled_folder))
