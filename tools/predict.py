@@ -29,12 +29,14 @@ def get_args_parser():
 
 
 def build_eval_transform(args, trained, in_chans):
-    """The evaluation transform of the training, whose flags are given, at --input_size if that is."""
+    """Image -> (C, H, W), normalised: as the training whose flags are given evaluates, at --input_size if that is."""
     size = args.input_size or trained.get("input_size", 224)
     size = [size] if isinstance(size, int) else size
     if len(size) > 2 or min(size) < 32:
         raise UserError(f"--input_size {' '.join(map(str, size))}: must be one or two numbers from 32 on")
-    return build_transform(False, Namespace(**trained | {"input_size": (size[0], size[-1]), "in_chans": in_chans}))
+    flags = {"crop_pct": None, "imagenet_default_mean_and_std": True} | trained
+    transform = build_transform(False, Namespace(**flags | {"input_size": (size[0], size[-1]), "in_chans": in_chans}))
+    return lambda image: normalize(transform(image)[None], flags["imagenet_default_mean_and_std"])[0]
 
 
 @torch.inference_mode()
@@ -49,11 +51,9 @@ def main(args):
     count = len(state["head.weight"])
     names = checkpoint.get("class_names") or [f"class {number}" for number in range(count)]
     in_chans = state["downsample_layers.0.0.weight"].shape[1]
-    trained = {"crop_pct": None, "imagenet_default_mean_and_std": True} | utils.training_flags(checkpoint)
-    transform = build_eval_transform(args, trained, in_chans)
+    transform = build_eval_transform(args, utils.training_flags(checkpoint), in_chans)
     for file, image in read_files("IMAGE", args.images, in_chans, transform):
-        imgs = normalize(image[None], trained["imagenet_default_mean_and_std"])
-        top = model(imgs)[0].softmax(0).topk(min(args.topk, count))
+        top = model(image[None])[0].softmax(0).topk(min(args.topk, count))
         classes = [
             f"{names[i]} {100 * p:.1f} %" for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ]
