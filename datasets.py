@@ -528,8 +528,8 @@ class LabelledBatch(NamedTuple):
     targets: torch.Tensor  # (N,) class numbers
     indices: torch.Tensor  # (N,) which images of the data set these are
     unreadable: list  # as above; in evaluation they are left out of the batch
-    erased: list = ()  # the parts (image, rows, columns) of imgs that noise takes the place of
-    noise: torch.Tensor = torch.empty(0)  # theirs one after the other, flat; float32, for normalised images
+    erased: list  # the parts (image, rows, columns) of imgs that noise takes the place of
+    noise: torch.Tensor  # theirs one after the other, flat; float32, for normalised images
 
     @staticmethod
     def collate(samples):
@@ -687,8 +687,9 @@ class DecodeAndCrop(RandomResizedCropAndInterpolation):
 
 
 class TrainDataset(torch.utils.data.Dataset):
-    """Augmented images with their classes; `dataset[epoch, index]`. Stand-ins as in `PretrainDataset`.
+    """Augmented images with their classes; `dataset[epoch, index]`.
 
+    Stand-ins as in `PretrainDataset`, for an image that cannot be decoded and cropped.
     transform: a `Compose` from an opened image, see `open_image`, to uint8 (C, height, width), whose first decodes it.
     """
 
@@ -808,12 +809,17 @@ def build_transform(is_train, args):
             crop = v2.Compose([read, resize, v2.RandomCrop(size, padding=4)])
         else:
             crop = DecodeAndCrop(args.in_chans, size, args.train_interpolation)
-        transform.transforms[0] = crop
+        transform.transforms[0] = v2.Compose([crop, to_picture])
     elif args.crop_pct or 32 < smallest < 384:
         transform = create_transform(**options, interpolation="bicubic", crop_pct=args.crop_pct or 224 / 256)
     else:
         transform = create_transform(**options, interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
     return transform
+
+
+def to_picture(image):
+    """A tensor of 1 or 3 channels as a Pillow image, which RandAugment takes; others as they are."""
+    return v2.functional.to_pil_image(image) if torch.is_tensor(image) and len(image) in (1, 3) else image
 
 
 def posterize(image, bits, **_):
@@ -823,7 +829,8 @@ def posterize(image, bits, **_):
     return ImageOps.posterize(image, bits) if bits < 8 else image
 
 
-auto_augment.NAME_TO_OP.update((name, posterize) for name in auto_augment.NAME_TO_OP if name.startswith("Posterize"))
+for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[name] = posterize
 
 
 def build_erasing(args):

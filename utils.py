@@ -299,7 +299,7 @@ def check_device(args):
 
 
 def to_device(model, args):
-    """The model on its device, with the kernels that it is to run there."""
+    """The model on its device, with the kernels that it is to run there; on the CPU the process keeps its memory."""
     use_triton(args.triton)
     if torch.device(args.device).type == "cpu":
         keep_freed_memory()
@@ -307,9 +307,10 @@ def to_device(model, args):
 
 
 def keep_freed_memory():
-    """Ask glibc not to give freed memory back to the system, which takes up to half of a CPU step's time.
+    """Ask glibc not to give freed memory back to the system, which takes up to a quarter of a CPU step's time.
 
-    It would return the activations after each step, and the next would have their pages cleared and mapped again.
+    It would return the activations after each step, and the next would have their pages cleared and mapped again. The
+    process, and loader workers that it forks, then hold as much memory as they ever needed, until they end.
     """
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     with contextlib.suppress(AttributeError):  # another C library

@@ -8,7 +8,7 @@ tensor is needed: the active sites are packed into rows, (N, S, C), a static sha
   * LayerNorm, MLP and GRN take the rows as they are: every row is an active site.
   * The sites of a patch lie in Z-order (a Morton curve), so that each four consecutive rows are a 2 x 2 square: the
     2 x 2 stride-2 convolution is a view, (N, S/4, 4C), and a matrix product.
-  * Only the depthwise 7x7 crosses patches: the rows are scattered into a canvas of zeros, (N, C, H, W), convolved, and
+  * Only the depthwise 7x7 crosses patches: the rows are brought onto a canvas of zeros, (N, C, H, W), convolved, and
     the same rows gathered back. Output sites = input sites: that is submanifold sparse convolution. With `use_triton`
     a kernel for CUDA reads and writes the rows where they are (`models.kernels`).
 
@@ -17,6 +17,7 @@ H x W = hk x wk sites, of which S = V k^2 active; C channels. Parameters have th
 `ConvNeXtV2`, so its weights fit without conversion.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,13 +27,13 @@ from torch import nn
 from models.convnextv2 import Block, make_downsample_layers, make_stages
 from models.utils import (
     cast_as_autocast,
-    conv_as_it_lies,
+    conv_channels_last,
     depthwise_conv,
+    folded_weight_grad,
     grad_by_autograd,
     init_weights,
     run_block,
     runs_in_triton,
-    weight_grad_as_it_lies,
 )
 
 
@@ -40,7 +41,8 @@ class Sites(NamedTuple):
     """The active sites of one stage: where the packed rows lie on the canvas, site by site and patch by patch."""
 
     rows: torch.Tensor  # (N * S,) number of each packed row's site among the N * H * W of the canvas
-    canvas: torch.Tensor  # (N, H, W) number of each site's packed row, N * S where there is none
+    canvas: tuple  # N, H, W
+    sources: torch.Tensor  # (N, H, W) number of each site's packed row, N * S where there is none; None but on the CPU
     visible: torch.Tensor  # (N, V) numbers of the visible patches, int32
     slots: torch.Tensor  # (N, h, w) see `patch_slots`
 
@@ -70,15 +72,18 @@ def active_sites(visible, grid, k):
     x = (visible % grid[1])[:, :, None] * k + x
     image = torch.arange(n, device=visible.device)[:, None, None]
     rows = ((image * height + y) * width + x).flatten()
-    canvas = torch.full((n * height * width,), len(rows), device=visible.device)
-    canvas = canvas.index_copy_(0, rows, torch.arange(len(rows), device=visible.device)).view(n, height, width)
-    return Sites(rows, canvas, visible.int(), patch_slots(visible, grid))
+    canvas, sources = (n, height, width), None
+    if visible.device.type == "cpu":
+        sources = (
+            torch.full((n * height * width,), len(rows)).index_copy_(0, rows, torch.arange(len(rows))).view(canvas)
+        )
+    return Sites(rows, canvas, sources, visible.int(), patch_slots(visible, grid))
 
 
 def unpack(x, sites):
     """Packed rows (N, S, C) -> canvas (N, C, H, W), zero at the other sites."""
-    canvas = x.new_zeros(sites.canvas.numel(), x.shape[-1]).index_copy_(0, sites.rows, x.flatten(0, 1))
-    return canvas.view(*sites.canvas.shape, -1).permute(0, 3, 1, 2)
+    canvas = x.new_zeros(math.prod(sites.canvas), x.shape[-1]).index_copy_(0, sites.rows, x.flatten(0, 1))
+    return canvas.view(*sites.canvas, -1).permute(0, 3, 1, 2)
 
 
 def unpack_by_gathering(x, sites, space_first=False):
@@ -87,7 +92,7 @@ def unpack_by_gathering(x, sites, space_first=False):
     space_first: the canvas lies in memory as (H, W, N, C) instead of (N, H, W, C).
     """
     rows = torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[-1])])
-    sources = sites.canvas.permute(1, 2, 0) if space_first else sites.canvas
+    sources = sites.sources.permute(1, 2, 0) if space_first else sites.sources
     canvas = rows.index_select(0, sources.flatten()).view(*sources.shape, -1)
     return canvas.permute(2, 3, 0, 1) if space_first else canvas.permute(0, 3, 1, 2)
 
@@ -95,7 +100,7 @@ def unpack_by_gathering(x, sites, space_first=False):
 def pack(canvas, sites):
     """Canvas (N, C, H, W) -> packed rows (N, S, C)."""
     rows = canvas.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sites.rows)
-    return rows.view(len(sites.canvas), -1, rows.shape[-1])
+    return rows.view(sites.canvas[0], -1, rows.shape[-1])
 
 
 class _SparseDepthwiseConvCPU(torch.autograd.Function):
@@ -105,7 +110,7 @@ class _SparseDepthwiseConvCPU(torch.autograd.Function):
     def forward(ctx, x, weight, bias, sites):
         ctx.save_for_backward(x, weight, bias)
         ctx.sites = sites
-        return pack(conv_as_it_lies(unpack_by_gathering(x, sites), weight, bias), sites)
+        return pack(conv_channels_last(unpack_by_gathering(x, sites), weight, bias), sites)
 
     @staticmethod
     def backward(ctx, grad):
@@ -116,9 +121,9 @@ class _SparseDepthwiseConvCPU(torch.autograd.Function):
                 return pack(depthwise_conv(unpack(x, ctx.sites), weight, bias), ctx.sites)
 
             return *grad_by_autograd(plain, (x, weight, bias), grad), None
-        grad_x = pack(conv_as_it_lies(unpack_by_gathering(grad, ctx.sites), weight.flip(2, 3)), ctx.sites)
+        grad_x = pack(conv_channels_last(unpack_by_gathering(grad, ctx.sites), weight.flip(2, 3)), ctx.sites)
         x_canvas, grad_canvas = (unpack_by_gathering(rows, ctx.sites, space_first=True) for rows in (x, grad))
-        grad_weight = weight_grad_as_it_lies(x_canvas, grad_canvas, weight)
+        grad_weight = folded_weight_grad(x_canvas, grad_canvas, weight)
         return grad_x, grad_weight, grad.sum((0, 1)), None
 
 

@@ -148,24 +148,16 @@ def _fold(x):
     return x.permute(2, 3, 0, 1).reshape(1, h, w, n * c).permute(0, 3, 1, 2)
 
 
-def _unfold(x, n):
-    """The inverse of `_fold`, a view: (1, N * C, H, W) -> (N, C, H, W)."""
-    _, _, h, w = x.shape
-    return x.permute(2, 3, 0, 1).reshape(h, w, n, -1).permute(2, 3, 0, 1)
+def conv_channels_last(x, weight, bias=None):
+    """`_depthwise_conv` with channels last in memory, which on the CPU is 2 to 3 times as fast."""
+    return _depthwise_conv(x.contiguous(memory_format=torch.channels_last), weight, bias)
 
 
-def conv_as_it_lies(x, weight, bias=None):
-    """Depthwise convolution of (N, C, H, W) that leaves the layout in memory as it is, (N, H, W, C) or (H, W, N, C)."""
-    n, c = x.shape[:2]
-    pad = weight.shape[-1] // 2
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight, bias, padding=pad, groups=c)
-    bias = None if bias is None else bias.repeat(n)
-    return _unfold(F.conv2d(_fold(x), weight.repeat(n, 1, 1, 1), bias, padding=pad, groups=n * c), n)
+def folded_weight_grad(x, grad, weight):
+    """The gradient of a depthwise convolution's weight from its input and its output's gradient, (N, C, H, W).
 
-
-def weight_grad_as_it_lies(x, grad, weight):
-    """The gradient of a depthwise convolution's weight from its input and its output's gradient, (N, C, H, W)."""
+    Fastest where both lie in memory as (H, W, N, C).
+    """
     n, c = x.shape[:2]
     products = F.conv2d(_fold(x), _fold(grad).transpose(0, 1), padding=weight.shape[-1] // 2, groups=n * c)
     return products.view(n, *weight.shape).sum(0)
@@ -183,15 +175,15 @@ class _DepthwiseConvCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
-        return conv_as_it_lies(x, weight, bias)
+        return conv_channels_last(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return grad_by_autograd(_depthwise_conv, (x, weight, bias), grad)
-        grad_x = conv_as_it_lies(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
-        grad_weight = weight_grad_as_it_lies(x, grad, weight) if ctx.needs_input_grad[1] else None
+        grad_x = conv_channels_last(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
+        grad_weight = folded_weight_grad(x, grad, weight) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
 
 
@@ -218,7 +210,7 @@ def runs_in_triton(x, weight):
 def depthwise_conv(x, weight, bias):
     """Depthwise convolution, stride 1, zero padded: (N, C, H, W) with an odd square kernel (C, 1, K, K) -> the same.
 
-    x should lie in memory as (N, H, W, C), on the CPU best as (H, W, N, C): (N, C, H, W) is 2 to 3 times slower.
+    x should lie in memory as (N, H, W, C).
     """
     if runs_in_triton(x, weight):
         from models import kernels  # imports Triton

@@ -809,6 +809,15 @@ def test_color_jitter_yields_to_aa():
     assert torch.equal(trained(text), trained(f"{text} --color_jitter 0.4"))
 
 
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_arrays_are_augmented_as_pictures_are(size, in_chans):
+    array = np.asarray(PICTURE)[..., :in_chans]
+    transform = datasets.build_transform(True, flags(f"--input_size {size} --in_chans {in_chans}"))
+    image = transform(torch.from_numpy(array.copy()).permute(2, 0, 1))
+    assert image.shape == (in_chans, size, size) and image.dtype == torch.uint8
+
+
 def test_arrays_of_any_number_of_channels_are_augmented():
     array = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 40, 50), dtype=np.uint8))
     args = flags("--in_chans 5 --input_size 48 --aa none")

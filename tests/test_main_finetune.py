@@ -676,7 +676,7 @@ def test_evaluation_is_in_the_order_of_the_set(narrow):
     imgs = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     targets = torch.tensor([2, 0, 1, 1, 0])
     parts = [torch.tensor(part) for part in ([3, 1], [4], [0, 2])]
-    loader = [LabelledBatch(imgs[part], targets[part], part, []) for part in parts]
+    loader = [LabelledBatch(imgs[part], targets[part], part, [], [], None) for part in parts]
     args = main_finetune.get_args_parser().parse_args(["--device", "cpu"])
     args.pool_window = None
     evaluation = main_finetune.evaluate(model, loader, args)

@@ -35,7 +35,8 @@ def build_eval_transform(args, trained, in_chans):
     if len(size) > 2 or min(size) < 32:
         raise UserError(f"--input_size {' '.join(map(str, size))}: must be one or two numbers from 32 on")
     flags = {"crop_pct": None, "imagenet_default_mean_and_std": True} | trained
-    transform = build_transform(False, Namespace(**flags | {"input_size": (size[0], size[-1]), "in_chans": in_chans}))
+    flags |= {"input_size": (size[0], size[-1]), "in_chans": in_chans, "eval_size": None}
+    transform = build_transform(False, Namespace(**flags))
     return lambda image: normalize(transform(image)[None], flags["imagenet_default_mean_and_std"])[0]
 
 
