@@ -20,7 +20,7 @@ from timm.models.convnext import checkpoint_filter_fn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from tools import benchmark, loaders
+from tools import benchmark, loaders, predict
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
 
@@ -270,6 +270,14 @@ def test_predict_counts_the_classes_of_a_checkpoint_without_names_and_reads_its_
 
 
 @torch.no_grad()
+def test_predict_takes_the_size_that_is_asked_for_whatever_the_training_evaluated_at():
+    trained = {"input_size": [64, 96], "eval_size": [128, 128], "imagenet_default_mean_and_std": False}
+    image = Image.new("RGB", (300, 200), (255, 0, 255))
+    for asked, size in ((None, (64, 96)), ([160], (160, 160)), ([32, 64], (32, 64))):
+        pixels = predict.build_eval_transform(argparse.Namespace(input_size=asked), trained, 3)(image)
+        assert pixels.shape == (3, *size) and pixels[:, 0, 0].tolist() == [1, -1, 1]  # Inception's mean and deviation
+
+
 def test_predict_sees_the_image_as_evaluation_does(tool, finetuned, tmp_path):
     path, model, _ = finetuned
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -323,17 +331,21 @@ def check_timed(out, contestants):
 BENCHMARK = "--model convnextv2_atto --batch_size 1 --input_size 64 --rounds 1 --device cpu --json --part".split()
 
 
-def test_benchmark_times_every_contestant_of_a_step():
-    command = [sys.executable, "-m", "tools.benchmark", *BENCHMARK, "step"]  # a process: it starts others of its kind
+def test_benchmark_measures_memory_in_a_process_of_its_own():
+    command = [sys.executable, "-m", "tools.benchmark", *BENCHMARK, "step", "--only", "packed"]
     out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
-    check_timed(out, ["packed", "dense masked", "dense unmasked"])
+    check_timed(out, ["packed"])
 
 
-def test_benchmark_times_every_contestant_of_fine_tuning(monkeypatch, capsys, seed_and_one_thread):
+@pytest.mark.parametrize(
+    "part, contestants",
+    [("step", ["packed", "dense masked", "dense unmasked"]), ("finetune", ["dense", "timm", "timm channels last"])],
+)
+def test_benchmark_times_every_contestant(part, contestants, monkeypatch, capsys, seed_and_one_thread):
     monkeypatch.setattr(benchmark, "memory_alone", lambda *_: dict(peak_mib=2))  # measured in the test above
-    monkeypatch.setattr(sys, "argv", ["benchmark", *BENCHMARK, "finetune"])
+    monkeypatch.setattr(sys, "argv", ["benchmark", *BENCHMARK, part])
     benchmark.main()
-    check_timed(capsys.readouterr().out, ["dense", "timm", "timm channels last"])
+    check_timed(capsys.readouterr().out, contestants)
 
 
 def test_classifiers_of_the_benchmark_have_the_same_weights(seed_and_one_thread):
