@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL, TINY, assert_same_weights, log_lines, run_here, weights
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -299,6 +300,11 @@ def test_features_are_pooled_from_whole_images_in_the_order_of_the_set(observed,
     for ours, reference in zip(*seen, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
     train, train_targets, test, test_targets = seen[0]
+    picture = Image.open(sorted((labelled_folder / "train" / "ant").iterdir())[0]).convert("RGB")
+    pixels = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    image = torch.from_numpy((pixels - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)).float().permute(2, 0, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(train[0], dense.forward_trunk(image[None]).mean((2, 3))[0], rtol=1e-3, atol=1e-4)
     assert train.shape == (22, 320) and test.shape == (7, 320) and state.model.training
     assert train_targets.tolist() == sorted(train_targets.tolist()) and set(test_targets.tolist()) == {0, 1, 2}
 

@@ -392,7 +392,7 @@ def output(process):
         ("--reprob 1", "--remode rand"),
         ("--reprob 1", "--recount 4"),
         ("--input_size 48", "--train_interpolation bilinear"),
-        ("", "--imagenet_default_mean_and_std false"),
+        ("--aa none", "--imagenet_default_mean_and_std false"),  # --aa fills with the mean
         ("", "--images_per_class 2"),
     ],
 )
