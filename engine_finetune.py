@@ -1,82 +1,112 @@
-"""The fine-tuning step and the evaluation, and nothing about files: those are in hooks.py."""
+"""The fine-tuning step, with random erasing and mixup on the device, and the evaluation."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from datasets import normalize
-from engine_pretrain import autocast, optimize
-from utils import Evaluation, UserError
+import utils
+from engine_pretrain import optimize
+from evaluation import Evaluation, collect
+from flags import at_least, fraction
+from images import normalize
+from utils import UserError
 
 
-def train_one_epoch(model, criterion, loader, optimizer, scaler, state, hooks, args, mixup_fn=None):
-    """Train from step `state.step` to the end of epoch `state.epoch`; `loader` yields the rest of that epoch.
+def add_batch_args(parser):
+    """The flags of what is done to a batch on the device."""
+    add = parser.add_argument_group("random erasing and mixup").add_argument
+    add("--reprob", default=0.25, type=fraction, help="probability of random erasing, per image")
+    fills = ("pixel", "rand", "const")
+    add("--remode", default="pixel", choices=fills, help="erase by noise per pixel, one random color, or 0")
+    add("--recount", default=1, type=at_least(1), help="largest number of erased rectangles per image")
+    add("--mixup", default=0.0, type=at_least(0.0), help="alpha of mixup; 0: none")
+    add("--cutmix", default=0.0, type=at_least(0.0), help="alpha of cutmix; 0: none")
+    sides = "range of the cut's sides, as a fraction of the image's; None: drawn by --cutmix"
+    add("--cutmix_minmax", type=fraction, nargs=2, help=sides)
+    add("--mixup_prob", default=1.0, type=fraction, help="probability of mixing, per draw of --mixup_mode")
+    add("--mixup_switch_prob", default=0.5, type=fraction, help="probability of cutmix where both are on")
+    modes = ("batch", "pair", "elem")
+    add("--mixup_mode", default="batch", choices=modes, help="draw once per batch, pair of images or image")
 
-    mixup_fn: (images, classes (N,)) -> mixed images, class probabilities (N, K), for criterion(logits, these).
+
+def check_batch_args(args):
+    """Raise UserError for flags of `add_batch_args` that do not fit each other or the batch size."""
+    if mixes(args) and args.batch_size % 2:
+        raise UserError(f"--batch_size {args.batch_size}: must be even for mixup and cutmix")
+    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        raise UserError(f"--cutmix_minmax {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}: give the smaller first")
+
+
+def build_erasing(args, device):
+    """timm's random erasing of a normalized batch (N, C, H, W) on the device, in place; None with --reprob 0."""
+    from timm.data.random_erasing import RandomErasing
+
+    return RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) if args.reprob else None
+
+
+def mixes(args):
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_mixup(args, num_classes):
+    """mixup(images, classes (N,)) -> mixed images, class probabilities (N, num_classes); None if nothing mixes."""
+    from timm.data import Mixup
+
+    if not mixes(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def train_one_epoch(
+    model, criterion, loader, optimizer, scaler, schedule, run, args, erasing_fn=None, mixup_fn=None
+):  # fmt: skip
+    """Train from step `run.step` to the end of epoch `run.epoch`; `loader` yields the rest of that epoch.
+
+    criterion(logits (N, K), targets), where targets are classes (N,), or probabilities (N, K) from mixup_fn.
+    erasing_fn: normalized images -> the same with rectangles erased. mixup_fn: (images, classes) -> both mixed.
     """
 
-    def forward(batch):
-        imgs, targets = batch.augmented(args.imagenet_default_mean_and_std), batch.targets
+    def compute_loss(batch):
+        imgs, targets = normalize(batch.imgs, args.imagenet_default_mean_and_std), batch.targets
+        if erasing_fn is not None:
+            imgs = erasing_fn(imgs)
         if mixup_fn is not None:
             imgs, targets = mixup_fn(imgs, targets)
         return criterion(model(imgs).float(), targets)  # autocast on the CPU leaves a loss in low precision
 
-    optimize(forward, model, loader, optimizer, scaler, state, hooks, args)
+    optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args)
 
 
 def evaluate(model, loader, args, give_up=lambda: False):
-    """The `Evaluation` of a model by all processes together, exact: no image counts twice. All get the same.
+    """The `Evaluation` of a model by all ranks together, exact: no image counts twice. All ranks get the same.
 
-    With args.pool_window the head is applied to each such window of sites, and the logits are averaged.
-    give_up: asked at every batch; once it is true on any process, the result is None on all (with args.dist_eval).
+    With --eval_size the head is applied to every window as large as a training image, and its logits are averaged.
+    give_up: asked at every batch; once it is true on any rank, the result is None on all (with --dist_eval).
     Raises UserError if no image could be read.
     """
-    most = max(args.topk)
+    device = next(model.parameters()).device  # EMA weights may be on the CPU
+    num_classes, topk = model.head.out_features, max(args.topk)
+    window = [side // (8 * args.stem_stride) for side in args.input_size] if args.eval_size else None
 
-    def losses_and_classes(imgs, targets):
-        imgs = normalize(imgs, args.imagenet_default_mean_and_std)
-        logits = model(imgs, window=args.pool_window).float()
-        top = logits.topk(min(most, logits.shape[1])).indices
-        return torch.cat([F.cross_entropy(logits, targets, reduction="none")[:, None].double(), top.double()], dim=1)
+    def compute_losses_and_classes(imgs, targets):
+        logits = model(normalize(imgs, args.imagenet_default_mean_and_std), window=window).float()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        top = logits.topk(min(topk, num_classes)).indices
+        return torch.cat([losses[:, None].double(), top.double()], dim=1)
 
-    device = next(model.parameters()).device  # averaged weights may be elsewhere
     model.eval()
-    collected = collect(losses_and_classes, loader, device, args, args.dist_eval, give_up)
+    collected = collect(
+        compute_losses_and_classes, loader, device, lambda: utils.autocast(args, device), args.dist_eval, give_up
+    )
     if collected is None:
         return None
     rows, targets, unreadable = collected
-    num_classes = model.head.out_features
     return Evaluation(rows[:, 0].mean().item(), targets, rows[:, 1:].long(), num_classes, args.topk, unreadable)
-
-
-@torch.no_grad()
-def collect(function, loader, device, args, divided=True, give_up=lambda: False):
-    """function(uint8 imgs, targets) -> a row (n, D) each, of every image of a set, on the CPU in the order of the set.
-
-    divided: each process's loader yields a part; all get the whole. give_up: as in `evaluate`.
-    Returns rows (n, D), targets (n,) and names of unreadable images, or None. Raises UserError if all are unreadable.
-    """
-    rows, order, targets, unreadable, given_up = [], [], [], [], False
-    for batch in loader:
-        given_up = give_up()
-        if given_up:
-            break
-        unreadable += batch.unreadable
-        if len(batch.imgs):
-            with autocast(args):
-                row = function(batch.imgs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True))
-            rows.append(row.cpu())
-            order.append(batch.indices)
-            targets.append(batch.targets)
-    if dist.is_initialized() and divided:
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (rows, order, targets, unreadable, given_up))
-        *lists, flags = zip(*parts, strict=True)
-        rows, order, targets, unreadable = (sum(some, []) for some in lists)
-        given_up = any(flags)
-    if given_up:
-        return None
-    if not rows:
-        raise UserError(f"none of the images could be read: {unreadable[0]}")
-    in_order = torch.cat(order).argsort()  # so that sums do not depend on how the set was divided
-    return torch.cat(rows)[in_order], torch.cat(targets)[in_order], unreadable

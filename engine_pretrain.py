@@ -1,65 +1,83 @@
-"""The pre-training step, and nothing about files: those are in hooks.py."""
+"""The pre-training step, and the optimizer step of both scripts. Nothing about files: those are the hooks' work."""
 
 import contextlib
+import time
 
 import torch
 
 import utils
-from datasets import normalize, on_device
-from optim_factory import adjust_learning_rate, adjust_weight_decay
+from images import normalize
 
 
-def train_one_epoch(model, loader, optimizer, scaler, state, hooks, args):
-    """Train from step `state.step` to the end of epoch `state.epoch`; `loader` yields the rest of that epoch."""
+def train_one_epoch(model, loader, optimizer, scaler, schedule, run, args):
+    """Train from step `run.step` to the end of epoch `run.epoch`; `loader` yields the rest of that epoch."""
 
-    def forward(batch):
-        loss, _, _ = model(normalize(batch.imgs), mask_ratio=args.mask_ratio, noise=batch.noise, loss_only=True)
+    def compute_loss(batch):
+        loss, _, _ = model(normalize(batch.imgs), noise=batch.noise, masked_only=True)
         return loss
 
-    optimize(forward, model, loader, optimizer, scaler, state, hooks, args)
+    optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args)
 
 
-def optimize(forward, model, loader, optimizer, scaler, state, hooks, args):
-    """Minimise `forward(batch) -> loss` over the batches of `loader`: schedule, precision, accumulation, clipping.
+def optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args):
+    """Minimize compute_loss(batch) over an epoch: schedule, precision, accumulation, clipping.
 
-    What is drawn at random within a step depends on (seed, epoch, step, process) alone.
+    compute_loss returns a scalar, or terms by name, {name: scalar}, whose sum is minimized and which are all logged.
+    What is drawn at random within a step depends on (seed, epoch, step, batch of the step, rank) alone.
     """
-    second_order = getattr(optimizer, "is_second_order", False)  # AdaHessian
     model.train()
-    state.start_lap()
-    for number, batch in enumerate(on_device(loader, args.device), start=1):
-        state.observe_data(batch)
-        end_of_step = number % args.update_freq == 0
-        state.lr = adjust_learning_rate(optimizer, state.epochs_done, args)
-        if args.weight_decay_end is not None:
-            adjust_weight_decay(optimizer, state.epochs_done, args)
-        utils.set_seed(args.seed, state.epoch, state.step, utils.get_rank(), number % args.update_freq)
+    batches = iter(on_device(loader, run.device))
+    run.start_lap()
+    while run.step < run.steps_per_epoch:
+        run.lr = schedule.apply(optimizer, run.epochs_done)
+        for micro in range(args.update_freq):
+            start = time.perf_counter()
+            batch = next(batches)
+            run.add_batch(batch, seconds=time.perf_counter() - start)
+            utils.set_seed(args.seed, run.epoch, run.step, micro, utils.get_rank())
+            with average_gradients(model, enabled=micro == args.update_freq - 1):
+                with utils.autocast(args, run.device):
+                    loss = compute_loss(batch)
+                terms = loss if isinstance(loss, dict) else {}
+                loss = sum(terms.values()) if terms else loss
+                scaler.scale(loss / args.update_freq).backward()
+            run.add_losses({"loss": loss} | terms)
 
-        with gradients_stay_here(model) if not end_of_step else contextlib.nullcontext():
-            with autocast(args):
-                loss = forward(batch)
-            scaler.scale(loss / args.update_freq).backward(create_graph=second_order)
-        state.observe_loss(loss)
+        scaler.unscale_(optimizer)
+        run.hooks("on_gradients", run)
+        if args.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        run.step += 1
 
-        if end_of_step:
-            if args.clip_grad is not None:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            if state.time_to_log():
-                state.end_lap()
-                hooks("on_log", state)
-            hooks("on_step", state)
-
-
-def autocast(args):
-    """Within, the forward pass computes in args.amp_dtype where that is safe, if args.use_amp."""
-    return torch.autocast(torch.device(args.device).type, utils.AMP_DTYPES[args.amp_dtype], enabled=args.use_amp)
+        if run.is_time_to_log():
+            run.end_lap()
+            run.hooks("on_log", run)
+        run.hooks("on_step", run)
 
 
-def gradients_stay_here(model):
-    """Within, DistributedDataParallel does not average gradients: for all but the last backward of a step."""
-    return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+def average_gradients(model, enabled):
+    """Within, DistributedDataParallel averages gradients over the ranks only if enabled: for a step's last batch."""
+    return contextlib.nullcontext() if enabled or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def on_device(loader, device):
+    """The loader's batches with their tensors on a device; to a GPU they are copied while the last step computes."""
+
+    def move(batch):
+        return type(batch)(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in batch))
+
+    if torch.device(device).type != "cuda":
+        yield from map(move, loader)
+        return
+    stream = torch.cuda.Stream(device)
+    for batch in loader:
+        with torch.cuda.stream(stream):
+            batch = move(batch)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for x in filter(torch.is_tensor, batch):
+            x.record_stream(current)  # its memory is not given to the next copy before this stream is done with it
+        yield batch

@@ -5,114 +5,131 @@
         --finetune CHECKPOINT --output_dir OUTPUT
     python main_finetune.py --model convnextv2_base --eval true --resume CHECKPOINT --data_path IMAGENET
 
-Run the same command again to go on after a stop of any kind.
+Run the same command again to resume after a stop of any kind.
 """
 
-import utils  # isort: skip  (before torch)
-import torch
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
+import flags
 
+import utils  # isort: skip  (before torch)
+from functools import partial
+
+import torch
+
+import checkpoints
 import datasets
+import engine_finetune
 import hooks
 import optim_factory
 from engine_finetune import evaluate, train_one_epoch
+from evaluation import Evaluation
+from flags import Switch, at_least, fraction, fraction_below_1
 from models import convnextv2
-from models.checkpoints import get_weights, load_backbone, load_weights, resume, weights_to_evaluate
-from models.utils import describe
-from utils import UserError, log, str2bool
+from models.weights import find_weights, load_backbone, load_weights
+from run import Run, add_watch_args, check_watch_args, log_configuration, train
+from utils import UserError, log
 
 
 def get_args_parser():
-    parser = utils.FlagParser(add_help=False)
+    parser = flags.FlagParser(add_help=False)
     optim_factory.add_schedule_args(parser, epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6)
-    utils.add_model_args(parser, convnextv2.SIZES)
+    flags.add_model_args(parser, convnextv2.SIZES)
 
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--warmup_steps", default=-1, type=int, help="warm-up in optimizer steps; above 0 it counts")
-    group.add_argument(
-        "--drop_path", default=0.0, type=float, help="drop path rate of the last block, from 0 at the first"
-    )
-    group.add_argument(
-        "--head_init_scale", default=0.001, type=float, help="factor on the initial weights of a new head"
-    )
-    group.add_argument("--finetune", default="", metavar="FILE", help="checkpoint whose weights to start from")
-    group.add_argument("--model_key", default="model|module", help="where in that file they are: the first of these")
-    group.add_argument("--model_prefix", default="", help="what their names begin with there, to be removed")
-    group.add_argument("--model_ema", default=False, type=str2bool, help="keep an exponential average of the weights")
-    group.add_argument("--model_ema_decay", default=0.9999, type=float, help="its part of the old average, each step")
-    group.add_argument("--model_ema_force_cpu", default=False, type=str2bool, help="keep it in the CPU's memory")
-    group.add_argument("--model_ema_eval", default=False, type=str2bool, help="evaluate it too; with --eval it alone")
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--drop_path", default=0.0, type=fraction_below_1, help="drop path rate of the last block, from 0 at the first")
+    add("--head_init_scale", default=0.001, type=at_least(0.0), help="factor on the initial weights of a new head")
+    add("--finetune", default="", metavar="FILE", help="checkpoint to start from; empty: from scratch")
+    add("--model_key", default="model|module", help="checkpoint keys to try, separated by |")
+    add("--model_prefix", default="", help="prefix of the weights' names in the checkpoint, removed")
+    add("--model_ema", default=False, action=Switch, help="keep an EMA of the weights")
+    add("--model_ema_decay", default=0.9999, type=fraction, help="EMA decay per optimizer step")
+    add("--model_ema_force_cpu", default=False, action=Switch, help="keep the EMA in CPU memory")
+    add("--model_ema_eval", default=False, action=Switch, help="evaluate the EMA too; with --eval it alone")
 
-    group = parser.add_argument_group("loss")
-    group.add_argument("--loss", default="ce", choices=("ce", "bce"), help="cross-entropy, or binary for each class")
-    group.add_argument("--smoothing", default=0.1, type=float, help="label smoothing, 0 to 1")
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", default="ce", choices=("ce", "bce"), help="cross-entropy, or binary cross-entropy of each class")
+    add("--smoothing", default=0.1, type=fraction_below_1, help="label smoothing")
 
     optim_factory.add_optimizer_args(parser)
     datasets.add_labelled_args(parser)
+    engine_finetune.add_batch_args(parser)
     datasets.add_loader_args(parser)
-    utils.add_machine_args(parser)
-    hooks.add_output_args(parser, watched="test_acc1")
+    flags.add_machine_args(parser)
+    checkpoints.add_output_args(parser)
+    hooks.add_log_args(parser)
+    add_watch_args(parser, default="test_acc1")
     return parser
 
 
 def check_args(args):
-    """Complete the flags, or raise UserError for those that cannot work, before anything is loaded."""
-    args.input_size = utils.image_size(args, least=8 * args.stem_stride)
-    utils.check_least(args, 1, "in_chans")
-    utils.check_machine_args(args)
+    """Raise UserError for flags that do not fit each other, before any long work."""
+    flags.check_image_size("input_size", args.input_size, least=8 * args.stem_stride)
+    flags.check_device(args)
     optim_factory.check_schedule_args(args)
     optim_factory.check_optimizer_args(args)
-    datasets.check_loader_args(args)
     datasets.check_labelled_args(args)
-    utils.check_least(args, 0, "head_init_scale")
-    utils.check_part(args, "model_ema_decay")
-    utils.check_part(args, "drop_path smoothing", one=False)
+    engine_finetune.check_batch_args(args)
     if args.model_ema_eval and not args.model_ema and not args.eval:
-        raise UserError("--model_ema_eval true: there are no averaged weights without --model_ema true")
-    if args.watch is None and not args.disable_eval:
-        args.watch = "test_acc1"
-    evaluated = [] if args.disable_eval else [f"test_{name}" for name in utils.Evaluation.metric_names(args.topk)]
-    hooks.check_output_args(args, metrics=["train_loss", *evaluated])
+        raise UserError("--model_ema_eval true: there are no EMA weights without --model_ema true")
+    hooks.check_log_args(args)
+    evaluated = [] if args.disable_eval else [f"test_{name}" for name in Evaluation.metric_names(args.topk)]
+    check_watch_args(args, watched_metric(args), ["train_loss", *evaluated])
 
 
-def build_model(args):
+def watched_metric(args):
+    """The metric that decides the best checkpoint, or None."""
+    return args.watch or (None if args.disable_eval else "test_acc1")
+
+
+def build_model(args, num_classes):
     return convnextv2.__dict__[args.model](
-        in_chans=args.in_chans,
-        num_classes=args.num_classes,
+        num_classes=num_classes,
         drop_path_rate=args.drop_path,
         head_init_scale=args.head_init_scale,
         stem_stride=args.stem_stride,
+        **flags.network_args(args),
     )
 
 
+def describe_model(args, num_classes):
+    from models.cost import describe
+
+    cost = describe(lambda: build_model(args, num_classes), args.in_chans, args.input_size, args.grad_checkpointing)
+    return f"{num_classes} classes: {cost}"
+
+
 def build_loss(args):
-    """criterion(logits, targets), where targets are classes (N,), or soft if images are mixed."""
+    """criterion(logits, targets), where targets are classes (N,), or probabilities (N, K) if images are mixed."""
+    from timm.loss import (
+        BinaryCrossEntropy,
+        LabelSmoothingCrossEntropy,
+        SoftTargetCrossEntropy,
+    )
+
     if args.loss == "bce":
-        return BinaryCrossEntropy(args.smoothing)  # soft targets are smoothed already, and left as they are
-    if datasets.mixes(args):
+        return BinaryCrossEntropy(args.smoothing)  # probabilities are smoothed already, and left as they are
+    if engine_finetune.mixes(args):
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else torch.nn.CrossEntropyLoss()
 
 
-def start_from(args, model):
-    """Start from the weights in --finetune, and tell what was taken from there."""
-    checkpoint = utils.load_checkpoint(args.finetune)
-    state = get_weights(checkpoint, args.finetune, args.model_key, args.model_prefix)
-    for line in load_backbone(model, state, args.finetune):
-        log(line)
+def build_ema(args, model):
+    """The exponential moving average of the weights, or None."""
+    from timm.utils import ModelEmaV3
+
+    device = "cpu" if args.model_ema_force_cpu else None
+    return ModelEmaV3(model, args.model_ema_decay, device=device) if args.model_ema else None
 
 
-# What decides a run's numbers: a resumed run says if it changed.
-RUN_FLAGS = (
-    "opt_eps opt_betas momentum layer_decay layer_decay_type drop_path loss smoothing mixup cutmix cutmix_minmax "
-    "mixup_prob mixup_switch_prob mixup_mode color_jitter aa hflip reprob remode recount train_interpolation model_ema "
-    "model_ema_decay data_set data_path images_per_class imagenet_default_mean_and_std crop_pct input_size eval_size "
-    "use_amp amp_dtype num_images"
-).split() + optim_factory.SCHEDULE_FLAGS
+def load_finetune(args, model):
+    """Start from the weights in --finetune, and report what was loaded and what was not."""
+    checkpoint = checkpoints.load_checkpoint(args.finetune)
+    with utils.name_in_errors(args.finetune):
+        report = load_backbone(model, find_weights(checkpoint, args.model_key, args.model_prefix))
+    for line in report:
+        log(f"{args.finetune}: {line}")
 
 
-def build_hooks(args, state):
+def build_hooks(args):
     observers = [hooks.UnreadableImages(args.max_bad_images), hooks.Console()]
     if args.log_dir or args.output_dir:
         observers.append(hooks.TensorBoard(args.log_dir or args.output_dir))
@@ -124,95 +141,102 @@ def build_hooks(args, state):
         observers.append(hooks.LogFile(args.output_dir))
     if args.profile_steps:
         observers.append(hooks.Profiler(args.profile_steps, args.output_dir))
-    if state.model_ema is not None:
-        observers.append(hooks.AveragedWeights())
-    return hooks.Hooks(observers + hooks.saving_hooks(args))  # last: what they keep has been logged
+    if args.model_ema:
+        observers.append(hooks.UpdateEMA())
+    return hooks.Hooks(observers + hooks.saving_hooks(args))
 
 
-def evaluate_only(args):
-    """Evaluate --resume, else the newest checkpoint in the output folder; no training set is loaded."""
+def evaluate_models(run, loader, args):
+    """{"": the model's `Evaluation`, "_ema": that of the EMA weights, with --model_ema_eval}; None for one given up."""
+    models = {"": run.model} | ({"_ema": run.model_ema.module} if args.model_ema_eval else {})
+    give_up = run.stop_requested if args.dist_eval else lambda: False
+    return {suffix: evaluate(model, loader, args, give_up) for suffix, model in models.items()}
+
+
+def find_weights_to_evaluate(args):
+    """The checkpoint --resume, else the newest in --output_dir; its weights, or EMA weights; its path."""
+    if args.resume:
+        checkpoint, path = checkpoints.load_checkpoint(args.resume), args.resume
+    else:
+        checkpoint, path = checkpoints.newest_checkpoint(args.output_dir)
+    if checkpoint is None:
+        raise UserError("--eval true: give --resume FILE, or an --output_dir with checkpoints")
+    key = "model_ema" if args.model_ema_eval else args.model_key
+    if args.model_ema_eval and key not in checkpoint:
+        raise UserError(f"--model_ema_eval true: {path} has no EMA weights, which --model_ema true keeps")
+    with utils.name_in_errors(path):
+        return checkpoint, find_weights(checkpoint, key, args.model_prefix), path
+
+
+def evaluate_only(args, device):
+    """Evaluate --resume, else the newest checkpoint in --output_dir; no training set is loaded."""
     # checkpoint and data
-    checkpoint, weights, path = weights_to_evaluate(args)
+    checkpoint, weights, path = find_weights_to_evaluate(args)
     _, dataset, class_names = datasets.build_labelled_sets(args, checkpoint.get("class_names"))
-    args.num_classes = len(class_names)
-    if "head.weight" in weights and len(weights["head.weight"]) != args.num_classes:
-        raise UserError(f"{path}: has {len(weights['head.weight'])} classes, the data {args.num_classes}")
+    if "head.weight" in weights and len(weights["head.weight"]) != len(class_names):
+        raise UserError(f"{path}: has {len(weights['head.weight'])} classes, the data {len(class_names)}")
 
     # model
-    model = utils.to_device(build_model(args), args)
-    load_weights(model, weights, path)
-    state = hooks.RunState(args, model, images=dataset.images, class_names=class_names)
+    model = utils.to_device(build_model(args, len(class_names)), device, args.triton)
+    with utils.name_in_errors(path):
+        load_weights(model, weights)
+    run = Run(args, model, device, images=dataset.images, class_names=class_names)
     if "format" in checkpoint:
-        state.epoch = checkpoint["epoch"]
-    log(f"{args.model}: {state.n_parameters / 1e6:.1f} M parameters from {path}, {args.num_classes} classes")
+        run.epoch = checkpoint["epoch"]
+    log(f"{args.model}: {run.n_parameters / 1e6:.1f} M parameters from {path}, {len(class_names)} classes")
 
     # evaluation
-    observers = build_hooks(args, state)
-    observers("on_start", state)
-    loader = datasets.build_eval_loader(dataset, args)
-    state.observe_evaluations({"_ema" if args.model_ema_eval else "": evaluate(model, loader, args)})
-    observers("on_evaluate", state)
-    observers("on_epoch_end", state)
+    observers = build_hooks(args)
+    observers("on_start", run)
+    loader = datasets.build_eval_loader(dataset, args, device, args.dist_eval)
+    run.add_evaluations({"_ema" if args.model_ema_eval else "": evaluate(model, loader, args)})
+    observers("on_evaluate", run)
+    observers("on_epoch_end", run)
 
 
 def main(args):
     check_args(args)
-    utils.init_distributed_mode(args)
-    optim_factory.complete_lr(args)
-    utils.prepare_output(args)
+    device = utils.init_distributed_mode(args)
+    optim_factory.peak_lr(args)  # raises UserError
+    checkpoints.prepare_output(args, evaluating=args.eval)
     if args.eval:
-        return evaluate_only(args)
+        return evaluate_only(args, device)
 
     # data
     dataset, eval_dataset, class_names = datasets.build_labelled_sets(args)
-    args.num_classes = len(class_names)
-    loader, sampler = datasets.build_train_loader(dataset, args)
-    eval_loader = None if eval_dataset is None else datasets.build_eval_loader(eval_dataset, args)
-    if args.warmup_steps > 0:
-        args.warmup_epochs = args.warmup_steps / sampler.steps_per_epoch
+    loader, sampler = datasets.build_train_loader(dataset, args, device)
+    erasing_fn, mixup_fn = (
+        engine_finetune.build_erasing(args, device),
+        engine_finetune.build_mixup(args, len(class_names)),
+    )
 
     # model and optimizer
     torch.manual_seed(args.seed)
-    model_without_ddp = utils.to_device(build_model(args), args)
+    model_without_ddp = utils.to_device(build_model(args, len(class_names)), device, args.triton)
     if args.finetune:
-        utils.on_all_processes(lambda: start_from(args, model_without_ddp))
-    model_ema = None
-    if args.model_ema:
-        device = "cpu" if args.model_ema_force_cpu else None
-        model_ema = ModelEmaV3(model_without_ddp, args.model_ema_decay, device=device)
-    optimizer = optim_factory.build_optimizer(args, model_without_ddp)
-    criterion, mixup_fn = build_loss(args), datasets.build_mixup(args)
-    scaler = utils.loss_scaler(args)
-    state = hooks.RunState(args, model_without_ddp, optimizer, scaler, sampler, dataset.images, model_ema, class_names)
-    resume(state, RUN_FLAGS)
-    model = utils.for_training(model_without_ddp, args)
-
-    # configuration
-    utils.log_args(args)
-    log(f"{args.model}, {len(class_names)} classes: {describe(build_model, args)}")
-    log(datasets.describe(loader, args))
+        utils.on_all_ranks(lambda: load_finetune(args, model_without_ddp))
+    model_ema, criterion = build_ema(args, model_without_ddp), build_loss(args)
+    schedule = optim_factory.Schedule(args, sampler.steps_per_epoch)
+    optimizer = optim_factory.create_layer_decay_optimizer(args, model_without_ddp)
+    scaler = utils.create_scaler(args, device)
+    run = Run(
+        args, model_without_ddp, device, optimizer, scaler, sampler, dataset.images, model_ema, class_names,
+        watch=watched_metric(args), watch_ema=args.model_ema_eval,
+    )  # fmt: skip
+    checkpoints.resume(run)
+    model = utils.prepare_training(model_without_ddp, args)
+    log_configuration(run, schedule, describe_model(args, len(class_names)), loader)
 
     # training
-    if state.ends_before(state.epoch):
-        return log(f"nothing left to do: {state.epoch} of {args.epochs} epochs are done")
-    observers = build_hooks(args, state)
-    observers("on_start", state)
-    while not state.ends_before(state.epoch):
-        sampler.set_position(state.epoch, state.step)
-        observers("on_epoch_start", state)
-        train_one_epoch(model, criterion, loader, optimizer, scaler, state, observers, args, mixup_fn)
-        if eval_loader is not None:
-            parts = {"": model_without_ddp} | ({"_ema": model_ema.module} if args.model_ema_eval else {})
-            give_up = state.stop_requested if args.dist_eval else lambda: False
-            state.observe_evaluations(
-                {what: evaluate(part, eval_loader, args, give_up) for what, part in parts.items()}
-            )
-        observers("on_evaluate", state)
-        state.sum_up()
-        observers("on_epoch_end", state)
-        state.end_epoch()
-    observers("on_end", state)
+    train_epoch = partial(
+        train_one_epoch, model, criterion, loader, optimizer, scaler, schedule, run, args, erasing_fn, mixup_fn
+    )
+    evaluate_epoch = None
+    if eval_dataset is not None:
+        eval_loader = datasets.build_eval_loader(eval_dataset, args, device, args.dist_eval)
+        evaluate_epoch = partial(evaluate_models, run, eval_loader, args)
+    train(run, build_hooks(args), train_epoch, evaluate_epoch)
 
 
 if __name__ == "__main__":
-    utils.run_script(main, utils.FlagParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]))
+    flags.run_script(main, get_args_parser(), __doc__)

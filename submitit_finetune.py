@@ -1,4 +1,4 @@
-"""Fine-tuning on a Slurm cluster: gives main_finetune.py to the scheduler, through submitit, and returns.
+"""Fine-tuning on a Slurm cluster: submits main_finetune.py through submitit, and returns.
 
     python submitit_finetune.py --nodes 1 --ngpus 8 --partition PARTITION @recipes/finetune_base.args \\
         --data_path IMAGENET --finetune CHECKPOINT

@@ -1,16 +1,18 @@
-"""ConvNeXt V2 (arXiv 2301.00808), the dense network for fine-tuning and evaluation.
+"""ConvNeXt V2 (arXiv 2301.00808): the dense network for fine-tuning and evaluation.
 
 Shapes: N images, C channels, H x W sites. Tensors are (N, C, H, W) outside and channels last in memory throughout.
 """
 
+import inspect
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import nn
 
-from models.checkpoints import get_weights, load_backbone, network_config, split_decoder
-from models.utils import GRN, LayerNorm, depthwise_conv, grn_linear, init_weights, run_block
-from utils import UserError
+from .depthwise import depthwise_conv
+from .utils import GRN, LayerNorm, Stage, can_fuse, fused_grn_linear, init_weights, names_without_decay
+from .weights import find_weights, load_backbone, network_config, split_decoder
 
 # Appendix A of the paper: blocks and channels of the four stages
 SIZES = {
@@ -26,7 +28,10 @@ SIZES = {
 
 
 class Block(nn.Module):
-    """ConvNeXt V2 block (figure 5), (N, C, H, W) -> the same: depthwise 7x7, LayerNorm, MLP with GELU and GRN."""
+    """ConvNeXt V2 block (figure 5), (N, C, H, W) -> the same: depthwise 7x7, LayerNorm, MLP with GELU and GRN.
+
+    A further argument here is an option of every network: see `Network`.
+    """
 
     def __init__(self, dim, drop_path=0.0):
         super().__init__()
@@ -36,77 +41,107 @@ class Block(nn.Module):
         self.act = nn.GELU()
         self.grn = GRN(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path = make_drop_path(drop_path)
 
     def mlp(self, x):
         """All that follows the depthwise convolution, site by site but for GRN: (N, ..., C) -> (N, ..., C)."""
-        return grn_linear(self.act(self.pwconv1(self.norm(x))), self.grn, self.pwconv2)
+        x = self.act(self.pwconv1(self.norm(x)))
+        if can_fuse(x, self.grn, self.pwconv2):
+            return fused_grn_linear(x, self.grn, self.pwconv2)
+        return self.pwconv2(self.grn(x))
 
     def forward(self, x):
-        y = depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
+        y = depthwise_conv(x, self.dwconv)
         y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return x + self.drop_path(y)
 
 
-def make_downsample_layers(in_chans, dims, stem_stride):
-    """The stem, a non-overlapping convolution, and the three 2x2 stride-2 convolutions before the later stages."""
-    layers = nn.ModuleList(
-        [
-            nn.Sequential(
-                nn.Conv2d(in_chans, dims[0], kernel_size=stem_stride, stride=stem_stride),
-                LayerNorm(dims[0], data_format="channels_first"),
-            )
-        ]
-    )
-    for dim, next_dim in zip(dims[:-1], dims[1:], strict=True):
-        layers.append(
-            nn.Sequential(
-                LayerNorm(dim, data_format="channels_first"),
-                nn.Conv2d(dim, next_dim, kernel_size=2, stride=2),
-            )
-        )
-    return layers
+def make_drop_path(rate):
+    if rate == 0.0:
+        return nn.Identity()
+    from timm.layers import DropPath  # timm takes a second to import
+
+    return DropPath(rate)
 
 
-def make_stages(block, depths, dims, drop_path_rate):
-    """The four stages of `block(dim, drop_path)`; the drop path rate rises linearly from 0 over all blocks."""
-    last = max(sum(depths) - 1, 1)
-    rates = (drop_path_rate * block / last for block in range(sum(depths)))
-    return nn.ModuleList(
-        nn.Sequential(*(block(dim, drop_path=next(rates)) for _ in range(depth)))
-        for depth, dim in zip(depths, dims, strict=True)
-    )
-
-
-class ConvNeXtV2(nn.Module):
-    """ConvNeXt V2 classifier: images (N, in_chans, H, W) -> logits (N, num_classes).
+class Network(nn.Module):
+    """The layers that the dense classifier and the sparse encoder share.
 
     Args:
         in_chans: channels of the images.
-        num_classes: width of the head.
         depths, dims: blocks and channels of the four stages.
         drop_path_rate: drop path rate of the last block, rising linearly from 0 at the first.
-        head_init_scale: factor on the initial weights and bias of the head.
         stem_stride: side of the stem's square pixels-to-site patches; the total stride is 8 times that.
+        block_options: further arguments of every block.
+
+    `config` holds the arguments of the constructor, `cls(**model.config)` builds the same network.
     """
+
+    block = Block
 
     def __init__(
         self,
         in_chans=3,
-        num_classes=1000,
         depths=(3, 3, 9, 3),
         dims=(96, 192, 384, 768),
         drop_path_rate=0.0,
-        head_init_scale=1.0,
         stem_stride=4,
+        **block_options,
     ):
         super().__init__()
-        self.depths = tuple(depths)
-        self.grad_checkpointing = False
+        self.depths, self.dims, self.stem_stride = tuple(depths), tuple(dims), stem_stride
+        self.block_options = block_options
+        self.config = dict(in_chans=in_chans, depths=self.depths, dims=self.dims, drop_path_rate=drop_path_rate)
+        self.config |= dict(stem_stride=stem_stride, **block_options)
         self.downsample_layers = make_downsample_layers(in_chans, dims, stem_stride)
-        self.stages = make_stages(Block, depths, dims, drop_path_rate)
-        self.norm = LayerNorm(dims[-1])
-        self.head = nn.Linear(dims[-1], num_classes)
+        last = max(sum(depths) - 1, 1)
+        rates = (drop_path_rate * block / last for block in range(sum(depths)))
+        self.stages = nn.ModuleList(
+            Stage(*(self.block(dim, drop_path=next(rates), **block_options) for _ in range(depth)))
+            for depth, dim in zip(depths, dims, strict=True)
+        )
+
+    def set_grad_checkpointing(self, enable=True):
+        """Recompute the activations within blocks in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    def no_weight_decay(self):
+        """Names of parameters without weight decay; timm's `create_optimizer_v2` asks for them."""
+        return names_without_decay(self)
+
+
+def make_downsample_layers(in_chans, dims, stem_stride):
+    """The stem, a non-overlapping convolution, and the three 2x2 stride-2 convolutions before the later stages."""
+    stem = nn.Sequential(
+        nn.Conv2d(in_chans, dims[0], kernel_size=stem_stride, stride=stem_stride),
+        LayerNorm(dims[0], data_format="channels_first"),
+    )
+    later = (
+        nn.Sequential(
+            LayerNorm(dim, data_format="channels_first"),
+            nn.Conv2d(dim, next_dim, kernel_size=2, stride=2),
+        )
+        for dim, next_dim in zip(dims[:-1], dims[1:], strict=True)
+    )
+    return nn.ModuleList([stem, *later])
+
+
+class ConvNeXtV2(Network):
+    """ConvNeXt V2 classifier: images (N, in_chans, H, W) -> logits (N, num_classes).
+
+    Args:
+        num_classes: width of the head.
+        head_init_scale: factor on the initial weights and bias of the head.
+        network: the arguments of `Network`.
+    """
+
+    def __init__(self, in_chans=3, num_classes=1000, *, head_init_scale=1.0, **network):
+        super().__init__(in_chans, **network)
+        self.config |= dict(num_classes=num_classes, head_init_scale=head_init_scale)
+        self.norm = LayerNorm(self.dims[-1])
+        self.head = nn.Linear(self.dims[-1], num_classes)
         self.apply(init_weights)
         with torch.no_grad():
             self.head.weight.mul_(head_init_scale)
@@ -116,26 +151,20 @@ class ConvNeXtV2(nn.Module):
         """(N, in_chans, H, W) -> features of the sites (N, C, h, w), h = H / total stride."""
         x = x.contiguous(memory_format=torch.channels_last)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = downsample(x)
-            for block in stage:
-                x = run_block(self.grad_checkpointing, block, x)
+            x = stage(downsample(x))
         return x
 
-    def set_grad_checkpointing(self, enable=True):
-        """Whether the activations within blocks are made again in the backward pass instead of kept."""
-        self.grad_checkpointing = enable
-
     def forward_features(self, x):
-        """(N, in_chans, H, W) -> pooled, normalised features (N, C)."""
+        """(N, in_chans, H, W) -> pooled, normalized features (N, C)."""
         return self.norm(self.forward_trunk(x).mean((2, 3)))
 
     def forward(self, x, window=None):
         """(N, in_chans, H, W) -> logits (N, num_classes).
 
-        window: (height, width) in sites. The head then sees each such window by itself, as it saw whole images of the
-        training's size, and its logits are averaged: the fully convolutional use of it, for larger images.
+        window: (height, width) in sites, for images larger than those of the training. The head sees each such window
+        by itself, as it saw whole images in training, and its logits are averaged: fully convolutional evaluation.
         """
-        if window is None:
+        if window is None or isinstance(window, torch.fx.Proxy):  # torch.fx puts a proxy in the place of None
             return self.head(self.forward_features(x))
         x = self.forward_trunk(x)
         window = [min(side, most) for side, most in zip(window, x.shape[2:], strict=True)]
@@ -143,59 +172,32 @@ class ConvNeXtV2(nn.Module):
         return self.head(self.norm(x.permute(0, 2, 3, 1))).mean((1, 2))
 
 
-def from_state_dict(state):
-    """The classifier that a state dict (dense names) was taken from, of any size, with its weights.
+def from_checkpoint(checkpoint, model_key="model|module"):
+    """The classifier of a checkpoint in any known form, and lines that report what was loaded: see `load_backbone`.
 
-    Raises ValueError, naming what is missing, if it is not of a classifier.
+    The size follows from the weights, and other options from the checkpoint's `config`, if it has one. Norm and head
+    keep their initial weights where the checkpoint has none. Raises ValueError if it holds no ConvNeXt V2.
     """
-    if "head.weight" not in state:
-        raise ValueError("no head.weight: accepted is a classifier with its head")
-    model = ConvNeXtV2(num_classes=len(state["head.weight"]), **network_config(state))
-    model.load_state_dict(state)
-    return model
-
-
-def from_checkpoint(checkpoint, path, model_key="model|module"):
-    """The network of a checkpoint of any known form and size, and what was loaded: see `load_backbone`.
-
-    Norm and head are as they start where the file has none. Raises UserError if it holds no ConvNeXt V2.
-    """
-    state, _ = split_decoder(get_weights(checkpoint, path, model_key))
+    state, _ = split_decoder(find_weights(checkpoint, model_key))
     try:
-        config = network_config(state)
+        config = network_options(checkpoint.get("config", {})) | network_config(state)
     except ValueError as error:
-        raise UserError(f"{path}: {error}: accepted is a ConvNeXt V2") from None
+        raise ValueError(f"{error}: must be the weights of a ConvNeXt V2") from None
     model = ConvNeXtV2(num_classes=len(state.get("head.weight", [0])), **config)
-    return model, load_backbone(model, state, path)
+    return model, load_backbone(model, state)
 
 
-def convnextv2_atto(**kwargs):
-    return ConvNeXtV2(**SIZES["convnextv2_atto"], **kwargs)
+def network_options(config):
+    """The arguments of `Network`, its blocks' included, among those of a model that is built on it."""
+    names = inspect.signature(Network).parameters.keys() | inspect.signature(Block).parameters.keys()
+    return {name: value for name, value in config.items() if name in names}
 
 
-def convnextv2_femto(**kwargs):
-    return ConvNeXtV2(**SIZES["convnextv2_femto"], **kwargs)
-
-
-def convnextv2_pico(**kwargs):
-    return ConvNeXtV2(**SIZES["convnextv2_pico"], **kwargs)
-
-
-def convnextv2_nano(**kwargs):
-    return ConvNeXtV2(**SIZES["convnextv2_nano"], **kwargs)
-
-
-def convnextv2_tiny(**kwargs):
-    return ConvNeXtV2(**SIZES["convnextv2_tiny"], **kwargs)
-
-
-def convnextv2_base(**kwargs):
-    return ConvNeXtV2(**SIZES["convnextv2_base"], **kwargs)
-
-
-def convnextv2_large(**kwargs):
-    return ConvNeXtV2(**SIZES["convnextv2_large"], **kwargs)
-
-
-def convnextv2_huge(**kwargs):
-    return ConvNeXtV2(**SIZES["convnextv2_huge"], **kwargs)
+convnextv2_atto = partial(ConvNeXtV2, **SIZES["convnextv2_atto"])
+convnextv2_femto = partial(ConvNeXtV2, **SIZES["convnextv2_femto"])
+convnextv2_pico = partial(ConvNeXtV2, **SIZES["convnextv2_pico"])
+convnextv2_nano = partial(ConvNeXtV2, **SIZES["convnextv2_nano"])
+convnextv2_tiny = partial(ConvNeXtV2, **SIZES["convnextv2_tiny"])
+convnextv2_base = partial(ConvNeXtV2, **SIZES["convnextv2_base"])
+convnextv2_large = partial(ConvNeXtV2, **SIZES["convnextv2_large"])
+convnextv2_huge = partial(ConvNeXtV2, **SIZES["convnextv2_huge"])

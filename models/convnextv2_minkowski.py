@@ -1,6 +1,7 @@
-"""The ConvNeXt V2 encoder on MinkowskiEngine's general sparse tensors: the original's way, kept to compare with.
+"""The ConvNeXt V2 encoder on MinkowskiEngine's general sparse tensors, the original's way, kept to compare with.
 
-Same parameters, same numbers as `SparseConvNeXtV2`; slower. Needs MinkowskiEngine (0.5.4, or the original's CUDA fork).
+Same parameters and same numbers as `SparseConvNeXtV2`, but slower. Needs MinkowskiEngine: 0.5.4, or the original's CUDA
+fork.
 """
 
 import collections
@@ -9,8 +10,9 @@ import collections.abc
 import torch
 from torch import nn
 
-from models.convnextv2 import Block
-from models.convnextv2_sparse import SparseConvNeXtV2, active_sites, norm_rows, pack
+from .convnextv2 import Block
+from .convnextv2_sparse import SparseConvNeXtV2, count_visible, norm_rows, split_patches
+from .sites import active_sites, pack
 
 collections.Sequence = collections.abc.Sequence  # MinkowskiEngine 0.5.4 imports it from where Python 3.9 had it
 try:
@@ -48,25 +50,28 @@ def rows_by_image(x, n):
 
 
 class MinkowskiConvNeXtV2(SparseConvNeXtV2):
-    """The encoder of FCMAE on MinkowskiEngine. Arguments, parameters and results as of `SparseConvNeXtV2`."""
+    """The encoder of FCMAE on MinkowskiEngine. Arguments, parameters and results as of `SparseConvNeXtV2`.
+
+    It reads the weights of the convolutions, which it does not call, and loops over the blocks of the stages.
+    """
 
     block = Block
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         depthwise = getattr(ME, "MinkowskiDepthwiseConvolution", ME.MinkowskiChannelwiseConvolution)
-        dims = [norm.normalized_shape[0] for norm, _ in list(self.downsample_layers)[1:]]
-        dims.append(self.downsample_layers[-1][1].out_channels)
-        with torch.random.fork_rng(devices=[]):  # their own initial weights, not used, shall not shift those that are
+        dims = self.dims
+        with torch.random.fork_rng(devices=[]):  # their initial weights are not used: they must not shift later draws
             self.depthwise = nn.ModuleList(MinkowskiConv(depthwise(dim, kernel_size=7, dimension=2)) for dim in dims)
             self.pool = nn.ModuleList(
                 MinkowskiConv(ME.MinkowskiConvolution(a, b, kernel_size=2, stride=2, dimension=2))
                 for a, b in zip(dims[:-1], dims[1:], strict=True)
             )
 
-    def forward(self, imgs, mask, num_visible=None):
-        """As of `SparseConvNeXtV2`; num_visible is not needed."""
-        visible = self.visible_patches(mask, num_visible)
+    def forward(self, imgs, mask, visible=None):
+        """As of `SparseConvNeXtV2`."""
+        if visible is None:
+            visible, _ = split_patches(mask, count_visible(mask))
         n, (h, w) = len(imgs), self.grid(imgs)
         sites = active_sites(visible, (h, w), 8)
         rows = self.stem(imgs, sites)
@@ -76,7 +81,7 @@ class MinkowskiConvNeXtV2(SparseConvNeXtV2):
         for stage, blocks in enumerate(self.stages):
             if stage > 0:
                 norm, conv = self.downsample_layers[stage]
-                x = self.pool[stage - 1](with_features(x, norm_rows(norm, x.F)), conv)
+                x = self.pool[stage - 1](with_features(x, norm_rows(norm, x.F[None])[0]), conv)
             for block in blocks:
                 y = self.depthwise[stage](x, block.dwconv)
                 rows, order = rows_by_image(y, n)

@@ -1,17 +1,20 @@
 """FCMAE: the fully convolutional masked autoencoder that pre-trains ConvNeXt V2 (section 3 of arXiv 2301.00808).
 
-Shapes: N images, L = h x w patches of p x p pixels (the mask unit: 32 x 32 by default), C channels of the latent,
-D channels of the decoder. A mask is (N, L), 1 = removed.
+Shapes: N images, L = h x w patches of p x p pixels (the mask unit: 32 x 32 by default), V of them visible and R
+masked; C channels of the latent, D of the decoder, P = p * p * in_chans values a patch. A mask is (N, L), 1 = masked.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.checkpoints import count_blocks, network_config
-from models.convnextv2 import SIZES, Block
-from models.convnextv2_sparse import SparseConvNeXtV2
-from models.utils import init_weights
+from .convnextv2 import SIZES, Block
+from .convnextv2_sparse import SparseConvNeXtV2, count_visible, is_patch_conv, split_patches
+from .sites import map_as_rows, rows_as_map
+from .utils import init_weights, names_without_decay
+from .weights import count_blocks, find_weights, load_weights, network_config
 
 
 class FCMAE(nn.Module):
@@ -20,28 +23,28 @@ class FCMAE(nn.Module):
     Args:
         img_size: side of the images in pixels, or (height, width); each a multiple of patch_size.
         in_chans: channels of the images.
-        depths, dims: blocks and channels of the encoder's stages.
         decoder_depth, decoder_embed_dim: blocks of the decoder and their width D.
         patch_size: side of the mask unit in pixels, 8 times the stem's stride; a multiple of 8.
-        mask_ratio: part of the patches that is removed when `forward` is not told.
-        norm_pix_loss: predict each patch's pixels normalised by their own mean and variance.
-        drop_path_rate: drop path rate of the encoder's last block.
+        mask_ratio: fraction of the patches to mask, unless `forward` is given another.
+        norm_pix_loss: predict each patch's pixels normalized by their own mean and variance.
         sparse_backend: "packed" (plain PyTorch) or "minkowski" (MinkowskiEngine; slower, for comparison).
+        network: further arguments of the encoder, see `convnextv2.Network`: depths, dims, drop_path_rate.
+
+    `config` holds the arguments of the constructor, `FCMAE(**model.config)` builds the same network.
     """
 
     def __init__(
         self,
         img_size=224,
         in_chans=3,
-        depths=(3, 3, 9, 3),
-        dims=(96, 192, 384, 768),
+        *,
         decoder_depth=1,
         decoder_embed_dim=512,
         patch_size=32,
         mask_ratio=0.6,
         norm_pix_loss=False,
-        drop_path_rate=0.0,
         sparse_backend="packed",
+        **network,
     ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -55,143 +58,197 @@ class FCMAE(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
 
-        encoder = encoder_class(sparse_backend)
-        self.encoder = encoder(in_chans, depths, dims, drop_path_rate=drop_path_rate, stem_stride=patch_size // 8)
-        self.proj = nn.Conv2d(dims[-1], decoder_embed_dim, kernel_size=1)
+        self.encoder = encoder_class(sparse_backend)(in_chans, stem_stride=patch_size // 8, **network)
+        options = self.encoder.block_options
+        self.proj = nn.Conv2d(self.encoder.dims[-1], decoder_embed_dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_embed_dim, 1, 1))
-        self.decoder = nn.Sequential(*(Block(decoder_embed_dim) for _ in range(decoder_depth)))
+        self.decoder = nn.Sequential(*(Block(decoder_embed_dim, **options) for _ in range(decoder_depth)))
         self.pred = nn.Conv2d(decoder_embed_dim, patch_size**2 * in_chans, kernel_size=1)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
+        self.config = {name: value for name, value in self.encoder.config.items() if name != "stem_stride"}
+        self.config |= dict(img_size=self.img_size, patch_size=patch_size, mask_ratio=mask_ratio)
+        self.config |= dict(decoder_depth=decoder_depth, decoder_embed_dim=decoder_embed_dim)
+        self.config |= dict(norm_pix_loss=norm_pix_loss, sparse_backend=sparse_backend)
 
     def set_grad_checkpointing(self, enable=True):
-        """As `ConvNeXtV2.set_grad_checkpointing`, for the encoder: the decoder is small."""
-        self.encoder.grad_checkpointing = enable
+        """As `Network.set_grad_checkpointing`, for the encoder: the decoder is small."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self):
+        """As `Network.no_weight_decay`."""
+        return names_without_decay(self)
+
+    # ---- Patches and masks
 
     def patchify(self, imgs):
-        """Images (N, in_chans, H, W) -> patches (N, L, p * p * in_chans)."""
+        """Images (N, in_chans, H, W) -> patches (N, L, P)."""
         p = self.patch_size
         n, c, height, width = imgs.shape
         x = imgs.reshape(n, c, height // p, p, width // p, p)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (height // p) * (width // p), p * p * c)
 
     def unpatchify(self, x, grid=None):
-        """Patches (N, L, p * p * in_chans) -> images (N, in_chans, H, W). grid: (h, w), default that of img_size."""
+        """Patches (N, L, P) -> images (N, in_chans, H, W). grid: (h, w), default that of img_size."""
         p = self.patch_size
         h, w = grid or (size // p for size in self.img_size)
         x = x.reshape(len(x), h, w, p, p, self.in_chans)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.in_chans, h * p, w * p)
 
-    def num_visible(self, num_patches, mask_ratio):
-        """How many of num_patches a mask of mask_ratio leaves. Raises ValueError if none or all."""
-        keep = int(num_patches * (1 - mask_ratio))
-        if not 0 < keep < num_patches:
-            raise ValueError(f"mask_ratio {mask_ratio} leaves {keep} of {num_patches} patches: must be some, not all")
-        return keep
+    def num_patches(self, imgs):
+        """L of images (N, in_chans, H, W)."""
+        return (imgs.shape[2] // self.patch_size) * (imgs.shape[3] // self.patch_size)
+
+    @staticmethod
+    def num_visible(num_patches, mask_ratio):
+        """How many of num_patches a mask of mask_ratio leaves visible. Raises ValueError if none or all."""
+        # A range has a plain number as its length. torch.compile would make a symbol of the second mask ratio, and fail.
+        visible = len(range(int(num_patches * (1 - mask_ratio))))
+        if not 0 < visible < num_patches:
+            raise ValueError(
+                f"mask_ratio {mask_ratio} leaves {visible} of {num_patches} patches: must be some, not all"
+            )
+        return visible
 
     def gen_random_mask(self, x, mask_ratio, noise=None):
-        """Random mask (N, L) of images x, 1 = removed: the int(L * (1 - mask_ratio)) lowest of noise (N, L) stay.
+        """Random mask (N, L) of images x, 1 = masked: the int(L * (1 - mask_ratio)) lowest of noise (N, L) are visible.
 
-        noise: drawn from torch's generator if not given.
+        noise: drawn from torch's generator if None.
         """
-        num_patches = (x.shape[2] // self.patch_size) * (x.shape[3] // self.patch_size)
-        keep = self.num_visible(num_patches, mask_ratio)
+        return self.mask_by_noise(x, self.num_visible(self.num_patches(x), mask_ratio), noise)
+
+    def mask_by_noise(self, x, num_visible, noise=None):
+        """`gen_random_mask` by the number of visible patches."""
         if noise is None:
-            noise = torch.rand(len(x), num_patches, device=x.device)
-        visible = noise.argsort(dim=1)[:, :keep]
-        return torch.ones_like(noise).scatter(1, visible, 0.0)
+            noise = torch.rand(len(x), self.num_patches(x), device=x.device)
+        return torch.ones_like(noise).scatter(1, noise.argsort(dim=1)[:, :num_visible], 0.0)
+
+    # ---- Encoder and decoder
 
     def forward_encoder(self, imgs, mask_ratio, noise=None):
-        """Images (N, in_chans, H, W) -> latent (N, C, h, w), zero at removed patches, and mask (N, L)."""
-        mask = self.gen_random_mask(imgs, mask_ratio, noise)
-        latent = self.encoder(imgs, mask, num_visible=self.num_visible(mask.shape[1], mask_ratio))
-        return latent, mask
+        """Images (N, in_chans, H, W) -> latent (N, C, h, w), zero at masked patches, and mask (N, L)."""
+        num_visible = self.num_visible(self.num_patches(imgs), mask_ratio)
+        mask = self.mask_by_noise(imgs, num_visible, noise)
+        visible, _ = split_patches(mask, num_visible)
+        return self.encoder(imgs, mask, visible=visible), mask
+
+    def encode_all(self, imgs):
+        """Images (N, in_chans, H, W) -> latent (N, C, h, w) with nothing masked."""
+        visible = torch.arange(self.num_patches(imgs), device=imgs.device).expand(len(imgs), -1)
+        return self.encoder(imgs, imgs.new_zeros(visible.shape), visible=visible)
 
     def decode(self, latent, mask):
         """Latent (N, C, h, w) and mask (N, L) -> the decoder's features (N, D, h, w)."""
         x = self.proj(latent)
-        removed = mask.view(len(x), 1, *x.shape[2:]).to(x.dtype)
-        x = x * (1 - removed) + self.mask_token * removed
+        masked = mask.view(len(x), 1, *x.shape[2:]).to(x.dtype)
+        x = x * (1 - masked) + self.mask_token * masked
         return self.decoder(x.contiguous(memory_format=torch.channels_last))
 
     def forward_decoder(self, latent, mask):
-        """Latent (N, C, h, w) and mask (N, L) -> predicted patches (N, p * p * in_chans, h, w)."""
+        """Latent (N, C, h, w) and mask (N, L) -> predicted patches (N, P, h, w)."""
         return self.pred(self.decode(latent, mask))
 
+    def predict_rows(self, x):
+        """Features of patches (N, R, D) -> predicted patches (N, R, P)."""
+        if is_patch_conv(self.pred, x, 1):
+            return F.linear(x, self.pred.weight.flatten(1), self.pred.bias)
+        return map_as_rows(self.pred(rows_as_map(x)))
+
+    # ---- Loss
+
     def patch_targets(self, patches):
-        """What is predicted of patches (N, L, p * p * in_chans), and each one's mean and deviation (N, L, 1)."""
+        """What to predict of patches (N, L, P), and each patch's mean and standard deviation (N, L, 1)."""
         mean = patches.mean(dim=-1, keepdim=True)
         std = (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
         return ((patches - mean) / std if self.norm_pix_loss else patches), mean, std
 
     def patch_loss(self, pred, patches):
-        """Mean squared error of each predicted patch: pred and patches (N, L, p * p * in_chans) -> (N, L)."""
+        """Mean squared error of each predicted patch: pred and patches (N, R, P) -> (N, R)."""
         target, _, _ = self.patch_targets(patches)
         return ((pred.to(target.dtype) - target) ** 2).mean(dim=-1)
 
-    def forward_loss(self, imgs, pred, mask):
-        """Mean loss of removed patches. pred: (N, p * p * in_chans, h, w) or (N, L, p * p * in_chans)."""
+    def forward_loss(self, imgs, pred, mask, masked=None):
+        """Mean loss of the masked patches, or a dict of named terms whose sum is to be minimized.
+
+        pred: (N, P, h, w) or (N, L, P) of all patches, or (N, R, P) of the masked ones in order.
+        masked: (N, R) their numbers, if known; else they are read from the mask.
+        """
+        if masked is None:
+            _, masked = split_patches(mask, count_visible(mask))
         if pred.ndim == 4:
             pred = pred.flatten(2).transpose(1, 2)
-        return (self.patch_loss(pred, self.patchify(imgs)) * mask).sum() / mask.sum()
+        if pred.shape[1] != masked.shape[1]:
+            pred = gather_patches(pred, masked)
+        return self.patch_loss(pred, gather_patches(self.patchify(imgs), masked)).mean()
 
-    def loss_on_removed(self, imgs, features, mask, num_removed):
-        """`forward_loss` from the decoder's features (N, D, h, w), predicting the removed patches, R an image, only."""
-        n, num_patches = mask.shape
-        removed = mask.argsort(dim=1, descending=True, stable=True)[:, :num_removed]  # the ones come first
-        rows = (removed + num_patches * torch.arange(n, device=mask.device)[:, None]).flatten()  # (N * R,)
-        features = features.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, rows)
-        pred = F.linear(features, self.pred.weight.flatten(1), self.pred.bias)
-        patches = self.patchify(imgs).flatten(0, 1).index_select(0, rows)
-        return self.patch_loss(pred, patches).mean()
+    def forward(self, imgs, labels=None, mask_ratio=None, noise=None, masked_only=False, num_visible=None):
+        """Images (N, in_chans, H, W) -> loss (see `forward_loss`), pred (N, P, h, w), mask (N, L). Labels are not used.
 
-    def forward(self, imgs, labels=None, mask_ratio=None, noise=None, loss_only=False):
-        """Images (N, in_chans, H, W) -> loss, pred (N, p * p * in_chans, h, w), mask (N, L). Labels are not used.
-
-        loss_only: pred is None, and the visible patches, which have no part in the loss, are not predicted.
+        masked_only: visible patches, which do not count in the loss, are not predicted either: pred is (N, R, P).
+        num_visible: V, in place of mask_ratio. torch.compile makes a graph for each mask_ratio, but one for any V.
         """
-        mask_ratio = self.mask_ratio if mask_ratio is None else mask_ratio
-        latent, mask = self.forward_encoder(imgs, mask_ratio, noise)
-        if loss_only:
-            num_removed = mask.shape[1] - self.num_visible(mask.shape[1], mask_ratio)
-            return self.loss_on_removed(imgs, self.decode(latent, mask), mask, num_removed), None, mask
-        pred = self.forward_decoder(latent, mask)
-        return self.forward_loss(imgs, pred, mask), pred, mask
+        if num_visible is None:
+            mask_ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+            num_visible = self.num_visible(self.num_patches(imgs), mask_ratio)
+        mask = self.mask_by_noise(imgs, num_visible, noise)
+        visible, masked = split_patches(mask, num_visible)
+        features = self.decode(self.encoder(imgs, mask, visible=visible), mask)
+        if masked_only:
+            pred = self.predict_rows(gather_patches(features.flatten(2).transpose(1, 2), masked))
+        else:
+            pred = self.pred(features)
+        return self.forward_loss(imgs, pred, mask, masked), pred, mask
 
     @torch.no_grad()
     def reconstruct(self, imgs, pred, mask):
-        """Images with removed patches as predicted, in the pixels' own scale, and visible ones as they are.
+        """Images with the masked patches as predicted (N, P, h, w), in pixel values, and the visible ones as they are.
 
         With norm_pix_loss each prediction gets its patch's true mean and deviation back: the network never sees them.
         """
         pred = pred.flatten(2).transpose(1, 2).to(imgs.dtype)
-        _, mean, std = self.patch_targets(self.patchify(imgs))
+        patches = self.patchify(imgs)
         if self.norm_pix_loss:
+            _, mean, std = self.patch_targets(patches)
             pred = pred * std + mean
-        patches = torch.where(mask[:, :, None].bool(), pred, self.patchify(imgs))
+        patches = torch.where(mask[:, :, None].bool(), pred, patches)
         return self.unpatchify(patches, tuple(size // self.patch_size for size in imgs.shape[2:]))
 
 
-def from_state_dict(state, norm_pix_loss=True):
-    """The FCMAE that a state dict (dense names) was taken from, of any size, with its weights.
+def gather_patches(x, patches):
+    """Rows (N, L, C) at the patch numbers (N, R) -> (N, R, C)."""
+    n, num_patches, channels = x.shape
+    rows = (patches + num_patches * torch.arange(n, device=x.device)[:, None]).flatten()
+    return x.flatten(0, 1).index_select(0, rows).view(*patches.shape, channels)
 
-    Raises ValueError, naming what is missing, if it is not of an encoder with a decoder.
+
+def from_checkpoint(checkpoint):
+    """The FCMAE of a checkpoint, with its weights: built from the checkpoint's `config`, else from their shapes.
+
+    Without a config norm_pix_loss comes from the checkpoint's `args`, else it is True, the original's only setting.
+    Raises ValueError unless it holds an encoder with a decoder.
     """
+    state = find_weights(checkpoint)
     missing = [name for name in ("proj.weight", "mask_token", "pred.weight") if name not in state]
     if missing:
-        raise ValueError(f"no {', '.join(missing)}: accepted is an FCMAE with its decoder")
+        raise ValueError(f"no {', '.join(missing)}: must be an FCMAE with its decoder")
+    config = checkpoint.get("config") or infer_config(state, checkpoint.get("args"))
+    model = FCMAE(**config)
+    load_weights(model, state)
+    return model
+
+
+def infer_config(state, args=None):
+    """The config of the FCMAE whose weights these are; args: flags of the training, a dict or a namespace, if known."""
+    flags = args if isinstance(args, dict) else vars(args) if args else {}
     config = network_config(state, prefix="encoder.")
     patch_size = 8 * config.pop("stem_stride")
-    model = FCMAE(
+    return config | dict(
         img_size=patch_size,
+        patch_size=patch_size,
         decoder_depth=count_blocks(state, "decoder."),
         decoder_embed_dim=len(state["proj.weight"]),
-        patch_size=patch_size,
-        norm_pix_loss=norm_pix_loss,
-        **config,
+        norm_pix_loss=flags.get("norm_pix_loss", True),
     )
-    model.load_state_dict(state)
-    return model
 
 
 def encoder_class(sparse_backend):
@@ -199,39 +256,17 @@ def encoder_class(sparse_backend):
     if sparse_backend == "packed":
         return SparseConvNeXtV2
     if sparse_backend == "minkowski":
-        from models.convnextv2_minkowski import MinkowskiConvNeXtV2
+        from .convnextv2_minkowski import MinkowskiConvNeXtV2
 
         return MinkowskiConvNeXtV2
     raise ValueError(f"sparse_backend {sparse_backend!r}: must be 'packed' or 'minkowski'")
 
 
-def convnextv2_atto(**kwargs):
-    return FCMAE(**SIZES["convnextv2_atto"], **kwargs)
-
-
-def convnextv2_femto(**kwargs):
-    return FCMAE(**SIZES["convnextv2_femto"], **kwargs)
-
-
-def convnextv2_pico(**kwargs):
-    return FCMAE(**SIZES["convnextv2_pico"], **kwargs)
-
-
-def convnextv2_nano(**kwargs):
-    return FCMAE(**SIZES["convnextv2_nano"], **kwargs)
-
-
-def convnextv2_tiny(**kwargs):
-    return FCMAE(**SIZES["convnextv2_tiny"], **kwargs)
-
-
-def convnextv2_base(**kwargs):
-    return FCMAE(**SIZES["convnextv2_base"], **kwargs)
-
-
-def convnextv2_large(**kwargs):
-    return FCMAE(**SIZES["convnextv2_large"], **kwargs)
-
-
-def convnextv2_huge(**kwargs):
-    return FCMAE(**SIZES["convnextv2_huge"], **kwargs)
+convnextv2_atto = partial(FCMAE, **SIZES["convnextv2_atto"])
+convnextv2_femto = partial(FCMAE, **SIZES["convnextv2_femto"])
+convnextv2_pico = partial(FCMAE, **SIZES["convnextv2_pico"])
+convnextv2_nano = partial(FCMAE, **SIZES["convnextv2_nano"])
+convnextv2_tiny = partial(FCMAE, **SIZES["convnextv2_tiny"])
+convnextv2_base = partial(FCMAE, **SIZES["convnextv2_base"])
+convnextv2_large = partial(FCMAE, **SIZES["convnextv2_large"])
+convnextv2_huge = partial(FCMAE, **SIZES["convnextv2_huge"])

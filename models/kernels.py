@@ -1,6 +1,6 @@
 """Depthwise 7x7 convolution in Triton: submanifold sparse on packed rows, and dense on channels last.
 
-Packed rows never become a canvas: a table says which rows are a patch's, and those of a removed patch are not read.
+Packed rows never become a canvas: a table says which rows are a patch's, and those of a masked patch are not read.
 
   * Work is cut into tiles of T x T sites, T = min(k, 4). In Z-order a tile of a patch is T^2 consecutive rows, so only
     tiles are looked up; the sites within are at offsets known when the kernel is compiled.
@@ -15,19 +15,19 @@ with the taps reversed, and the gradient of the taps is linear in the input and 
 
 Shapes: N images, C channels, H x W sites; x is dense, (N, H, W, C), or packed, (N, S, C), with V visible of the h x w
 patches of an image, k x k sites each, S = V k^2. A packed x comes with two tables: visible (N, V), the number of each
-visible patch on the grid, and slots (N, h, w), its inverse, -1 where removed. The taps are the weight with channels
+visible patch on the grid, and slots (N, h, w), its inverse, -1 where masked. The taps are the weight with channels
 last, (49, C).
 """
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.utils._pytree import tree_leaves
 
-from models.convnextv2_sparse import active_sites, pack, unpack
+from .sites import active_sites, pack, patch_slots, unpack
 
 SIDE = tl.constexpr(7)  # of the convolution's kernel
 HALO = tl.constexpr(3)
@@ -68,7 +68,7 @@ def _output_tiles(first, num_tiles, visible, canvas, K: tl.constexpr, T: tl.cons
 
 @triton.jit
 def _first_row(image, y, x, canvas, K: tl.constexpr, T: tl.constexpr):
-    """The row of the first site of tiles, and whether they are there: on the canvas and not removed."""
+    """The row of the first site of tiles, and whether they are there: on the canvas and not masked."""
     slots, num_visible, height, width = canvas
     there = (y >= 0) & (y * T < height) & (x >= 0) & (x * T < width)
     if slots is None:
@@ -198,7 +198,7 @@ def _weight_grad_kernel(
     tl.store(pointers + SIDE * SIDE * C, tl.sum(bias, axis=0), mask=channel < C)
 
 
-# ---- Operators: a reference in plain PyTorch, for any device, and the kernel in its place where Triton runs
+# ---- Operators: a reference in plain PyTorch for any device, replaced by the kernel where Triton runs
 
 # Under Triton's interpreter (TRITON_INTERPRET=1) the kernels run on the CPU too: so they are tested
 DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
@@ -243,22 +243,6 @@ def _contiguous(*tensors):
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _or_reference(reference):
-    """Decorator of an operator's kernel: where Triton fails, as for a GPU that it does not know, the reference runs."""
-
-    def decorate(kernel):
-        def run(*inputs):
-            try:
-                return kernel(*inputs)
-            except Exception as error:
-                warnings.warn(f"Triton kernel failed, PyTorch's convolution stands in: {error!r}", stacklevel=2)
-                return reference(*inputs)
-
-        return run
-
-    return decorate
-
-
 @torch.library.custom_op("convnextv2::depthwise_conv", mutates_args=())
 def _conv(
     x: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor, visible: torch.Tensor | None, slots: torch.Tensor | None
@@ -270,7 +254,6 @@ def _conv(
 
 
 @_conv.register_kernel(DEVICES)
-@_or_reference(_conv._init_fn)
 def _(*inputs):
     x, taps, bias, visible, slots = _contiguous(*inputs)
     out = torch.empty_like(x)
@@ -297,7 +280,6 @@ def _weight_grad(
 
 
 @_weight_grad.register_kernel(DEVICES)
-@_or_reference(_weight_grad._init_fn)
 def _(*inputs):
     x, grad, visible, slots = _contiguous(*inputs)
     grid, sizes = _plan(x, visible, slots, WEIGHT_GRAD_PROGRAMS)
@@ -370,3 +352,20 @@ def sparse_depthwise_conv(x, weight, bias, visible, slots):
     visible: (N, V) and slots: (N, h, w), of int32.
     """
     return _apply(x, weight, bias, visible, slots)
+
+
+def try_on(device):
+    """Run both kernels on a device and compare them with the reference. Raises what Triton raises, or RuntimeError."""
+    visible = torch.tensor([[2, 0]], device=device)
+    tables = visible.int(), patch_slots(visible, (2, 2))
+    dtypes = [torch.float32, torch.bfloat16] if torch.device(device).type == "cuda" else [torch.float32]
+    for dtype in dtypes:
+        x, grad = torch.arange(128, device=device).view(2, 1, 2, 32).to(dtype) / 128
+        taps, bias = torch.ones(49, 32, device=device) / 64, torch.ones(32, device=device)
+        for operator, inputs in ((_conv, (x, taps, bias, *tables)), (_weight_grad, (x, grad, *tables))):
+            results, expected = operator(*inputs), operator._init_fn(*inputs)
+            if not all(
+                torch.allclose(*pair, atol=0.02)
+                for pair in zip(tree_leaves(results), tree_leaves(expected), strict=True)
+            ):
+                raise RuntimeError(f"wrong results of {operator._opoverload} for {dtype}")

@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import main_finetune
 import main_pretrain
+from flags import FlagParser
 
 torch.set_num_threads(1)  # two processes test at a time, see Makefile
 SLOWEST = ["test_distributed", "test_submitit", "test_tools", "test_kernels", "test_hooks", "test_main_finetune"]
@@ -103,13 +105,19 @@ def run_here(run, command, monkeypatch, capsys):
         status = exit.code
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+    while checkpoints.LOCKS:  # as the end of a process does
+        checkpoints.LOCKS.pop().release()
     return Result(status, *capsys.readouterr())
 
 
 def run_script_here(module, flags, monkeypatch, capsys):
     """Run a training script with flags, in this process, see `run_here`."""
-    parser = utils.FlagParser(prog=f"{module.__name__}.py", parents=[module.get_args_parser()])
-    return run_here(lambda: utils.run_script(module.main, parser), [parser.prog, *flags], monkeypatch, capsys)
+    parser = FlagParser(prog=f"{module.__name__}.py", parents=[module.get_args_parser()])
+
+    def run():
+        utils.run_main(module.main, parser.parse_args(), parser.prog)
+
+    return run_here(run, [parser.prog, *flags], monkeypatch, capsys)
 
 
 @pytest.fixture

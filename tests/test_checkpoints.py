@@ -11,11 +11,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_weights, gap, randomise
+from models.checkpoints import get_weights, load_backbone, load_weights, remap_checkpoint_keys, to_timm
 from safetensors.torch import load_file
 from timm.models._manipulate import adapt_input_conv
 
 import utils
-from models.checkpoints import get_weights, load_backbone, load_weights, remap_checkpoint_keys, to_timm
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.fcmae import FCMAE
 from utils import UserError

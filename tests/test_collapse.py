@@ -1,4 +1,4 @@
-"""Feature collapse: the distance against its definition, where it is measured, and that every checkpoint is read."""
+"""Feature collapse: the distance against its definition, where it is measured, and which checkpoints are read."""
 
 import importlib.util
 import sys
@@ -10,10 +10,10 @@ from conftest import gap, randomise, run_script_here
 from PIL import Image
 
 import tools.collapse
-from models.checkpoints import to_timm
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.utils import GRN, depthwise_conv
+from models.utils import GRN
+from models.weights import to_timm
 from tools.collapse import Layer, cosine_distance, dead_channels, measure, spread
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
@@ -45,13 +45,13 @@ def test_the_distance_is_the_double_sum(shape):
     assert torch.allclose(cosine_distance(x.float()).double(), by_definition(x), rtol=0, atol=1e-6)
 
 
-def test_channels_alike_up_to_scale_have_no_distance():
+def test_channels_equal_up_to_scale_have_no_distance():
     x = torch.randn(50, 4, 4, 1, dtype=torch.float64) * torch.tensor([1.0, 1.0, 3.0, 1e-3, 1e3])
     assert cosine_distance(x).max() <= 1e-15
-    assert cosine_distance(x.float()).min() >= 0  # nor by rounding less than none
+    assert cosine_distance(x.float()).min() >= 0  # despite rounding
 
 
-def test_orthogonal_channels_are_half_apart_but_for_themselves():
+def test_orthogonal_channels_are_half_apart_except_from_themselves():
     count = 8
     x = torch.eye(count, dtype=torch.float64).reshape(1, 2, 4, count)  # each channel on a site of its own
     assert cosine_distance(x).tolist() == [(1 - 1 / count) / 2]
@@ -75,7 +75,7 @@ def test_each_image_has_its_own_distance():
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 6e4), (torch.bfloat16, 1e18), (torch.float32, 1e-18)])
-def test_neither_large_nor_small_activations_overflow(dtype, scale):
+def test_large_and_small_activations_do_not_overflow(dtype, scale):
     x = (torch.rand(2, 8, 8, 16) * scale).to(dtype)
     assert gap(cosine_distance(x).double(), by_definition(x.double())) <= 1e-4
 
@@ -106,15 +106,14 @@ def test_the_distance_is_of_the_input_and_the_output_of_grn():
     batch = images(3)
     block = model.stages[0][0]
     x = model.downsample_layers[0](torch.stack(batch))
-    x = depthwise_conv(x, block.dwconv.weight, block.dwconv.bias).permute(0, 2, 3, 1)
-    expanded = F.gelu(block.pwconv1(block.norm(x)))
+    expanded = F.gelu(block.pwconv1(block.norm(block.dwconv(x).permute(0, 2, 3, 1))))
     first = measure(model, batch)[0]
     assert first.before == pytest.approx(by_definition(expanded).mean().item(), abs=1e-5)
     assert first.after == pytest.approx(by_definition(block.grn(expanded)).mean().item(), abs=1e-5)
     assert abs(first.before - first.after) > 1e-3
 
 
-def test_all_images_count_alike_however_many_there_are():
+def test_all_images_have_the_same_weight_however_many_there_are():
     model = randomise(ConvNeXtV2(num_classes=1, **SMALL))
     batch = images(tools.collapse.BATCH + 1)
     alone = torch.tensor([[layer[2:] for layer in measure(model, [image])] for image in batch]).mean(0)
@@ -131,12 +130,12 @@ def test_a_grn_of_zeros_changes_nothing():
     assert all(layer.before == layer.after for layer in measure(model, images(2)))
 
 
-def test_a_measured_network_is_as_before():
+def test_measuring_leaves_no_hook_in_the_network():
     model = ConvNeXtV2(num_classes=1, **SMALL)
     assert measure(model, images(1)) and not any(module._forward_hooks for module in model.modules())
 
 
-def test_of_many_images_some_are_taken_from_all_over():
+def test_of_many_images_evenly_spread_ones_are_taken():
     assert spread(range(10), 5) == [0, 2, 4, 6, 8]
     assert spread(range(3), 5) == [0, 1, 2]
     assert spread([], 5) == []
@@ -147,13 +146,13 @@ def test_of_many_images_some_are_taken_from_all_over():
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    """The same encoder as pre-training, fine-tuning, the original's released encoder and timm hold it: their paths."""
+    """Paths of the same encoder in files of pre-training, fine-tuning, the original's release and timm."""
     fcmae = randomise(FCMAE(64, decoder_embed_dim=16, **SMALL))
     classifier = randomise(ConvNeXtV2(num_classes=3, **SMALL))
     classifier.load_state_dict(fcmae.encoder.state_dict(), strict=False)
     contents = {
-        "pretrained": {"format": 1, "model": fcmae.state_dict(), "args": {"input_size": 64}},
-        "finetuned": {"format": 1, "model": classifier.state_dict(), "args": {"input_size": (64, 64)}},
+        "pretrained": {"format": 2, "model": fcmae.state_dict(), "args": {"input_size": 64}},
+        "finetuned": {"format": 2, "model": classifier.state_dict(), "args": {"input_size": (64, 64)}},
         "released": {"model": fcmae.encoder.state_dict()},
         "timm": to_timm(classifier.state_dict()),
     }
@@ -165,7 +164,7 @@ def checkpoints(tmp_path):
 
 
 def rows(out):
-    """{first word: numbers} of the lines of the tables."""
+    """{first word: numbers} of the lines of all tables."""
     lines = [line.split() for line in out.splitlines() if line.startswith(("stages.", "mean"))]
     return {name: [float(word) for word in words] for name, *words in lines}
 
@@ -251,9 +250,9 @@ def test_the_picture_is_written(collapse, checkpoints, image_folder, tmp_path):
         ("--checkpoint FOLDER/v1.pth --images IMAGES", "such as stages.0.0.grn.gamma is missing"),
         ("--checkpoint GOOD --images FOLDER/none.png", "--images FOLDER/none.png: cannot be read"),
         ("--checkpoint GOOD --images FOLDER/empty", "--images FOLDER/empty: no image there"),
-        ("--checkpoint GOOD --images IMAGES --num_images 0", "--num_images 0: must be at least 1"),
+        ("--checkpoint GOOD --images IMAGES --num_images 0", "--num_images 0: must be a whole number, at least 1"),
         ("--checkpoint GOOD --images IMAGES --input_size 100", "100: must be one or two multiples of 32"),
-        ("--checkpoint GOOD --images IMAGES --input_size 64 64 64", "64 64 64: must be one or two multiples of 32"),
+        ("--checkpoint GOOD --images IMAGES --input_size 64 64 64", "64 64 64: must be one or two numbers"),
         ("--checkpoint GOOD --images IMAGES --model_key ema", "holds no weights"),
         ("--checkpoint GOOD --images IMAGES --device gpu", "--device gpu: must be cpu, cuda or cuda:N"),
         ("--checkpoint FOLDER/two.pth --data_set DIGITS --input_size 32", "has 1, 3 or 4 channels, not the 2 of the"),
@@ -264,7 +263,7 @@ def test_the_picture_is_written(collapse, checkpoints, image_folder, tmp_path):
         ("--checkpoint GOOD --images FOLDER/a.png --output FOLDER/a.png", "FOLDER/a.png: is one of the images"),
     ],
 )
-def test_mistakes_are_told_in_one_line_before_anything_is_measured(
+def test_mistakes_are_reported_in_one_line_before_anything_is_measured(
     capsys, monkeypatch, checkpoints, image_folder, tmp_path, flags, words
 ):
     if "--output FOLDER" in flags:

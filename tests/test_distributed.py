@@ -32,9 +32,12 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def recipes(images):
-    """The flags of each script; SGD, as Adam would enlarge roundings where a gradient is nearly 0."""
+    """The flags of each script; SGD, as Adam would enlarge roundings where a gradient is nearly 0.
+
+    Without random erasing, which each rank draws for its batch: the same samples on one rank and on two.
+    """
     probes = f"--probe_freq 1 --probe_data_path {images} --probe_images_per_class 2 --watch probe_linear".split()
-    finetune = [*TINY, *"--opt sgd --lr 0.05 --aa none --head_init_scale 1".split()]
+    finetune = [*TINY, *"--opt sgd --lr 0.05 --aa none --reprob 0 --head_init_scale 1".split()]
     return {
         "main_pretrain": [*SMALL, "--data_path", str(images), "--picture_freq", "0", *probes, *FLAGS],
         "main_finetune": [*finetune, "--data_path", str(images), *FLAGS],
@@ -138,7 +141,7 @@ def copy_middle(run, folder):
     return folder
 
 
-def test_two_processes_and_accumulation_train_as_one(runs):
+def test_two_ranks_and_accumulation_train_as_one(runs):
     assert_close(runs.one, runs.two)
     assert_close(runs.one, runs.accumulated)
 
@@ -148,7 +151,7 @@ def test_as_many_processes_go_on_bit_for_bit_whatever_starts_them(runs, tmp_path
     launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
     flags = [*runs.flags, "--batch_size", 8, "--output_dir", folder]
     out = finish(start(runs.script, *flags, launcher=launcher))
-    assert f"goes on from {folder / MIDDLE}: epoch 0, step 5" in out and "world_size: 2" in out
+    assert f"resuming from {folder / MIDDLE}: epoch 0, step 5" in out and "2 ranks" in out
     assert_same(runs.two, folder)
 
 
@@ -168,7 +171,7 @@ def test_a_mistake_or_a_loss_that_is_not_finite_on_one_process_ends_all_with_one
     first, second = start_two(runs.script, *flags, second=["--data_path", "/nowhere"])
     (status, out), (other_status, other_out) = end(first), end(second)
     assert status == other_status == 2 and "Traceback" not in out + other_out and "error" not in other_out
-    assert f"error: process 1, on {socket.gethostname()}: --data_path /nowhere" in out
+    assert f"error: rank 1, on {socket.gethostname()}: --data_path /nowhere" in out
     ends = [end(process) for process in start_two(runs.script, *flags, "--lr", 1e30, "--warmup_epochs", 0)]
     assert [status for status, _ in ends] == [1, 1]
     assert "in epoch 0, step" in ends[0][1] and "error" not in ends[1][1]
@@ -206,7 +209,7 @@ def test_after_a_kill_torchrun_restarts_from_the_newest_checkpoint(runs, tmp_pat
     torchrun = runs.start_two_by_torchrun(tmp_path, "--max-restarts=1")
     wait_for(torchrun, "epoch 1/2  step  2/")
     os.kill(process_of_rank(1, torchrun.pid), signal.SIGKILL)
-    assert "goes on from" in finish(torchrun)
+    assert "resuming from" in finish(torchrun)
     assert_same(runs.two, tmp_path)
 
 
@@ -219,6 +222,6 @@ def test_when_one_process_goes_the_other_ends_too(runs, tmp_path, how):
     processes[1].send_signal(how)
     begin = time.monotonic()
     status, out = end(processes[0], seconds=60)
-    assert status == 1 and "process 0 of 2, on" in out
+    assert status == 1 and "rank 0 of 2, on" in out
     assert time.monotonic() - begin < 25
     processes[1].kill()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, assert_same_weights, log_lines, weights
 
+import checkpoints
 import utils
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,10 +81,10 @@ def test_interrupted_at_random_moments_it_ends_with_the_same_weights(image_folde
         assert status == (utils.STOPPED if signum == signal.SIGTERM else -signal.SIGKILL)
         within_a_save += bool(half_written(folder))
         for path in folder.glob("checkpoint-*"):
-            utils.load_checkpoint(path)
+            checkpoints.load_checkpoint(path)
     assert within_a_save >= kills // 3
     last = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "goes on from" in last.stdout
+    assert "resuming from" in last.stdout
     final = f"checkpoint-{epochs - 1}.pth"
     assert_same_weights(weights(folder, final), weights(reference, final))
     assert not list(folder.glob(".*"))  # nor is a half-written file left

@@ -11,8 +11,8 @@ import torch
 from conftest import SMALL, assert_same_weights, log_lines, weights
 from PIL import Image
 
+import checkpoints
 import main_pretrain
-import utils
 from models.fcmae import FCMAE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def finished(shared, small, pretrain):
 # ---------------------------------------------------------------- what a person sees
 
 
-def test_console_tells_configuration_and_progress(finished):
+def test_the_console_reports_configuration_and_progress(finished):
     out = (finished / "stdout.txt").read_text()
     assert "  mask_ratio: 0.6\n" in out and "22 images, 5 steps of 4 an epoch" in out
     lines = [line for line in out.splitlines() if line.startswith("epoch ")]
@@ -95,7 +95,7 @@ def test_pictures_show_visible_patches_as_they_are(finished):
         strip = picture[top : top + side, left:]
         original, masked, reconstruction = (strip[:, j * (side + border) :][:, :side] for j in range(3))
         grey = (masked == 127).all(-1)
-        assert 0.5 < grey.mean() < 0.75  # 10 of 16 patches are removed
+        assert 0.5 < grey.mean() < 0.75  # 10 of 16 patches are masked
         assert np.array_equal(original[~grey], masked[~grey]) and np.array_equal(original[~grey], reconstruction[~grey])
         assert not np.array_equal(original[grey], reconstruction[grey])
 
@@ -136,7 +136,7 @@ def test_log_dir_and_save_ckpt(small, pretrain, tmp_path):
     assert list(log.glob("events.*"))
 
 
-# ---------------------------------------------------------------- stop and go on
+# ---------------------------------------------------------------- stop and resume
 
 
 def test_resume_between_epochs_and_steps_is_exact(finished, small, pretrain, tmp_path):
@@ -145,7 +145,7 @@ def test_resume_between_epochs_and_steps_is_exact(finished, small, pretrain, tmp
         folder.mkdir()
         (folder / name).write_bytes((finished / name).read_bytes())
         result = pretrain(*small, "--output_dir", folder)
-        assert result.status == 0 and f"goes on from {folder / name}" in result.out
+        assert result.status == 0 and f"resuming from {folder / name}" in result.out
         assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(finished, "checkpoint-1.pth"))
         assert log_lines(folder)[-1] == log_lines(finished)[1]
 
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(finished, small,
     (tmp_path / "checkpoint-1-2.pth").write_bytes((finished / "checkpoint-1-2.pth").read_bytes()[:100000])
     result = pretrain(*small, "--output_dir", tmp_path)
     assert f"{tmp_path / 'checkpoint-1-2.pth'}: not a whole checkpoint" in result.out
-    assert f"goes on from {tmp_path / 'checkpoint-0.pth'}" in result.out
+    assert f"resuming from {tmp_path / 'checkpoint-0.pth'}" in result.out
     assert_same_weights(weights(tmp_path, "checkpoint-1.pth"), weights(finished, "checkpoint-1.pth"))
 
 
@@ -173,9 +173,9 @@ def test_log_txt_has_no_epoch_twice(finished, small, pretrain, tmp_path):
 def test_the_output_folder_wins_over_resume(finished, small, pretrain, tmp_path):
     start = finished / "checkpoint-0-4.pth"
     result = pretrain(*small, "--epochs", 1, "--output_dir", tmp_path, "--resume", start)
-    assert f"goes on from {start}: epoch 0, step 4" in result.out
+    assert f"resuming from {start}: epoch 0, step 4" in result.out
     result = pretrain(*small, "--epochs", 2, "--output_dir", tmp_path, "--resume", start)
-    assert f"goes on from {tmp_path / 'checkpoint-0.pth'}: epoch 1, step 0" in result.out
+    assert f"resuming from {tmp_path / 'checkpoint-0.pth'}: epoch 1, step 0" in result.out
     assert f"changed since {tmp_path / 'checkpoint-0.pth'}: epochs 1 -> 2" in result.out
 
 
@@ -187,7 +187,7 @@ def test_a_finished_run_says_so(finished, small, pretrain, tmp_path):
 
 def test_another_batch_size_within_an_epoch_is_refused(finished, small, pretrain):
     result = pretrain(*small, "--batch_size", 2, "--resume", finished / "checkpoint-0-4.pth")
-    assert result.status == 2 and "effective batch size 4; can only go on with the same, not 2" in result.err
+    assert result.status == 2 and "saved with effective batch size 4, not 2; use the same" in result.err
     assert pretrain(*small, "--batch_size", 2, "--epochs", 1, "--resume", finished / "checkpoint-0.pth").status == 0
 
 
@@ -195,7 +195,7 @@ def test_other_images_within_an_epoch_are_refused(finished, small, pretrain, tmp
     for path in list(image_folder.glob("*/*.png"))[:-1]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     result = pretrain(*small, "--data_path", tmp_path, "--resume", finished / "checkpoint-0-4.pth")
-    assert result.status == 2 and "num images 22; can only go on with the same, not 21" in result.err
+    assert result.status == 2 and "saved with num images 22, not 21; use the same" in result.err
 
 
 def test_damaged_checkpoints_alone_do_not_start_a_new_run(small, pretrain, tmp_path):
@@ -215,7 +215,7 @@ def test_a_checkpoint_is_never_deleted_for_a_later_one(finished, small, pretrain
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == [f"checkpoint-{n}.pth" for n in (0, 1, 7, 8, 9)]
 
 
-def test_checkpoints_of_another_program_are_not_gone_on_from(small, pretrain, tmp_path):
+def test_checkpoints_of_another_program_are_not_resumed(small, pretrain, tmp_path):
     torch.save({"model": {}}, tmp_path / "checkpoint-799.pth")
     result = pretrain(*small, "--output_dir", tmp_path)
     assert result.status == 2 and "not of this project: give it as --resume" in result.err
@@ -229,7 +229,7 @@ def test_resume_of_another_size_of_model_is_refused(finished, small, pretrain):
 def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(small, pretrain, tmp_path, monkeypatch):
     """The kernel refuses to write more than 1 MiB to a file during the second of three saves."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save, saves = utils.save_model, []
+    save, saves = checkpoints.save_model, []
 
     def save_with_limit(*args, **kwargs):
         saves.append(1)
@@ -239,13 +239,13 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(small, pretrain
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(utils, "save_model", save_with_limit)
+    monkeypatch.setattr(checkpoints, "save_model", save_with_limit)
     result = pretrain(*small, "--epochs", 3, "--batch_size", 11, "--output_dir", tmp_path, "--picture_freq", 0)
     assert result.status == 0
     assert "checkpoint not saved" in result.out and "checkpoint-1.pth: File too large" in result.out
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-2.pth"]
     assert not list(tmp_path.glob(".*"))
-    utils.load_checkpoint(tmp_path / "checkpoint-0.pth")
+    checkpoints.load_checkpoint(tmp_path / "checkpoint-0.pth")
     result = pretrain(*small, "--epochs", 2, "--batch_size", 11, "--output_dir", tmp_path / "b", "--resume", "")
     assert result.status == 0
     saves.clear()
@@ -313,11 +313,11 @@ def test_compile_and_amp_dtype_reach_the_model(small, pretrain, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     loss = FCMAE.patch_loss
     monkeypatch.setattr(FCMAE, "patch_loss", lambda *args: dtypes.append(args[1].dtype) or loss(*args))
-    monkeypatch.setattr(main_pretrain, "describe", lambda *_, **__: "")
+    monkeypatch.setattr(main_pretrain, "describe_model", lambda args: "")
     flags = "--epochs 1 --use_amp true --amp_dtype float16 --compile --grad_checkpointing"
     result = pretrain(*small, *flags.split())
     assert result.status == 0 and len(compiled) == 1 and set(dtypes) == {torch.float16}
-    assert compiled[0].encoder.grad_checkpointing
+    assert compiled[0].encoder.stages[0].grad_checkpointing
 
 
 def test_a_flag_file_is_read_and_later_flags_win(small, pretrain, tmp_path):
@@ -329,7 +329,7 @@ def test_a_flag_file_is_read_and_later_flags_win(small, pretrain, tmp_path):
 
 def test_help_shows_groups_and_every_default(pretrain):
     text = pretrain("--help").out
-    assert "training:" in text and "checkpoints and logs:" in text
+    assert "training:" in text and "checkpoints:" in text
     flags = [line for line in text.split("\n  --")[1:]]
     assert len(flags) > 40 and all("default:" in " ".join(flag.split()) for flag in flags)
 
@@ -362,9 +362,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, pretrain, tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(small, pretrain, tmp_path, monkeypatch):
     """A bad update is not in the losses yet: they were computed before it."""
 
-    def spoil(_, state):
-        if state.step == 2:
-            state.model.mask_token.data.fill_(float("nan"))
+    def spoil(_, run):
+        if run.step == 2:
+            run.model.mask_token.data.fill_(float("nan"))
 
     monkeypatch.setattr("hooks.Console.on_log", spoil)
     result = pretrain(*small, "--output_dir", tmp_path, "--print_freq", 1, "--save_ckpt_steps", 1)
@@ -378,7 +378,7 @@ def test_ctrl_c_ends_in_one_line(small, pretrain, monkeypatch):
 
     monkeypatch.setattr("hooks.Console.on_log", interrupt)
     result = pretrain(*small)
-    assert result.status == 130 and "goes on from the last checkpoint" in result.out and not result.err
+    assert result.status == 130 and "resumes from the last checkpoint" in result.out and not result.err
 
 
 def test_the_loss_falls(pretrain, tmp_path):

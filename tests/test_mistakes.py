@@ -34,7 +34,7 @@ def assert_one_clear_line(result, *words):
         ("--mask_ratio nan", ["--mask_ratio nan"]),
         ("--scale 0.8 0.2", ["--scale 0.8 0.2", "the smaller first"]),
         ("--scale 0 1", ["--scale 0.0 1.0", "above 0"]),
-        ("--hflip 2", ["--hflip 2.0", "from 0 to 1"]),
+        ("--hflip 2", ["--hflip 2", "from 0 to 1"]),
         ("--lr nan", ["--lr nan"]),
         ("--blr -1", ["--blr -1"]),
         ("--weight_decay inf", ["--weight_decay inf"]),
@@ -194,7 +194,7 @@ def other(labelled_folder, tmp_path):
         ("--nb_classes 1000", ["--nb_classes 1000", "3 classes"]),
         ("--layer_decay_type group --layer_decay 0.6", ["--layer_decay_type group", "(3, 3, 27, 3)", "'single'"]),
         ("--layer_decay 0", ["--layer_decay 0"]),
-        ("--opt adahessian --use_amp true --amp_dtype float16", ["--opt adahessian", "float16"]),
+        ("--opt adahessian", ["--opt adahessian", "second derivatives", "adamw"]),
         ("--layer_decay_type pairs", ["pairs", "single", "group"]),
         ("--model_ema_eval true", ["--model_ema_eval true", "--model_ema true"]),
         ("--model_ema_decay 1.5", ["--model_ema_decay 1.5", "from 0 to 1"]),
@@ -250,7 +250,7 @@ def test_finetune_from_a_file_without_an_encoder(tune, tmp_path):
 
 
 def test_finetune_finds_nothing_under_a_key_or_prefix(tune, tuned):
-    assert_one_clear_line(tune("--finetune", tuned, "--model_prefix", "enc."), tuned, "begins with 'enc.'")
+    assert_one_clear_line(tune("--finetune", tuned, "--model_prefix", "enc."), tuned, "begin with 'enc.'")
     assert_one_clear_line(tune("--finetune", tuned, "--model_key", "net"), tuned, "under 'net'", "it has format, model")
 
 
@@ -300,27 +300,27 @@ def test_eval_of_weights_for_another_number_of_classes(tune, tuned, tmp_path):
 
 def test_eval_of_averaged_weights_that_were_not_kept(tune, tuned):
     result = tune("--eval", "true", "--model_ema_eval", "true", "--resume", tuned)
-    assert_one_clear_line(result, tuned, "no averaged weights", "--model_ema true")
+    assert_one_clear_line(result, tuned, "no EMA weights", "--model_ema true")
 
 
 @pytest.mark.parametrize("flags", [[], ["--eval", "true"]], ids=["train", "eval"])
-def test_a_pretraining_checkpoint_as_resume_is_told_of_finetune(pretrain, tune, folder, labelled_folder, flags):
+def test_a_pretraining_checkpoint_as_resume_points_to_finetune(pretrain, tune, folder, labelled_folder, flags):
     path = folder / "pretrained" / "checkpoint-0.pth"
     if not path.exists():
         small = [*TINY, *"--input_size 64 --decoder_embed_dim 16 --batch_size 11 --epochs 1".split()]
         assert pretrain(*small, "--data_path", labelled_folder, "--output_dir", path.parent).status == 0
-    assert_one_clear_line(tune(*flags, "--resume", path), path, "another model", "--finetune takes what pre-training")
+    assert_one_clear_line(tune(*flags, "--resume", path), path, "another model", "Load a pre-training checkpoint with --finetune")
 
 
 def test_resume_with_another_optimizer(tune, tuned):
     result = tune("--epochs", 2, "--opt", "sgd", "--resume", tuned)
-    assert_one_clear_line(result, tuned, "--opt adamw", "only go on with the same")
+    assert_one_clear_line(result, tuned, "--opt adamw", "use the same")
 
 
 def test_resume_with_another_layer_decay(tune, tuned):
     """It makes other groups of parameters, which the optimizer's state does not fit."""
     result = tune("--epochs", 2, "--layer_decay", 0.8, "--resume", tuned)
-    assert_one_clear_line(result, tuned, "--layer_decay 1.0", "take the same")
+    assert_one_clear_line(result, tuned, "--layer_decay 1.0", "use the same")
 
 
 def test_nothing_but_unreadable_images_to_evaluate(tune, other):

@@ -16,11 +16,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import gap, randomise
+from models.checkpoints import remap_checkpoint_keys
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 
 from models import convnextv2, convnextv2_sparse, fcmae
-from models.checkpoints import remap_checkpoint_keys
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.convnextv2_sparse import SparseConvNeXtV2, count_visible, pack, unpack
 from models.fcmae import FCMAE

@@ -1,4 +1,4 @@
-"""Curves from log.txt: what is drawn of which lines, how runs are told apart, and mistakes in one line."""
+"""Curves from log.txt: what is drawn of which lines, names of runs, and mistakes reported in one line."""
 
 import errno
 import json
@@ -10,25 +10,25 @@ from conftest import run_script_here
 from PIL import Image
 
 import tools.plot
-from tools.figure import short_names
+from tools.figure import shorten_paths
 
 pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
 def plot(capsys, monkeypatch):
-    """plot(*flags): tools/plot.py, see `run_script_here`. A module that could open a window cannot be imported."""
+    """plot(*flags): tools/plot.py, see `run_script_here`. The module that opens windows cannot be imported."""
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     return lambda *flags: run_script_here(tools.plot, flags, monkeypatch, capsys)
 
 
 def pretraining(epochs=3, loss=0.9):
-    """Lines of a pre-training."""
+    """Entries of the log of a pre-training."""
     return [dict(train_loss=loss - 0.1 * e, train_lr=1e-4 * e, epoch=e, n_parameters=9) for e in range(epochs)]
 
 
 def write_log(folder, entries):
-    """A folder with a log.txt of these lines, strings as they are."""
+    """A folder with a log.txt of these entries, strings as they are."""
     folder.mkdir(parents=True)
     lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines))
@@ -68,7 +68,7 @@ def test_a_panel_without_data_is_left_out(tmp_path):
     assert list(curves(draw(write_log(tmp_path / "run", pretraining())))) == ["loss", "learning rate"]
 
 
-def test_values_of_some_epochs_make_one_curve_and_those_that_are_not_finite_are_left_out(tmp_path):
+def test_a_curve_connects_the_epochs_with_a_finite_value(tmp_path):
     entries = pretraining(6)
     entries[1]["train_loss"], entries[2]["train_loss"] = float("nan"), float("-inf")
     entries[0]["probe_knn"], entries[5]["probe_knn"], entries[4]["probe_knn"] = 10.0, 20.0, "of no use"
@@ -77,35 +77,35 @@ def test_values_of_some_epochs_make_one_curve_and_those_that_are_not_finite_are_
     assert drawn["top-1 accuracy (%)"] == [([1, 6], [10.0, 20.0])]
 
 
-def test_a_point_alone_has_a_marker_which_the_legend_shows(tmp_path):
+def test_a_curve_of_one_point_has_a_marker_and_so_has_its_legend(tmp_path):
     figure = draw(write_log(tmp_path / "run", [*pretraining(2), dict(epoch=2, train_loss=1.0, test_loss=2.0)]))
     training, test = figure.axes[0].get_lines()
     assert training.get_marker() == "None" and test.get_marker() == "s"
     assert [line.get_marker() for line in figure.legends[0].get_lines()] == ["None", "s"]
 
 
-def test_an_epoch_that_was_trained_again_takes_back_the_earlier_lines_from_there(tmp_path):
+def test_epochs_that_were_trained_again_replace_the_earlier_ones(tmp_path):
     run = write_log(tmp_path / "run", [*pretraining(5), *pretraining(3, loss=0.5)[1:]])
     ((x, y),) = curves(draw(run))["loss"]
     assert x == [1, 2, 3] and y == pytest.approx([0.9, 0.4, 0.3])
 
 
-def test_runs_have_a_colour_each_and_kinds_of_curves_a_line_style_each(tmp_path):
+def test_each_run_has_a_color_and_each_kind_of_curve_a_line_style(tmp_path):
     entries = [entry | dict(test_loss=1.0, test_acc1=2.0) for entry in pretraining()]
     figure = draw(*(write_log(tmp_path / name, entries) for name in ("a", "b", "c")))
-    looks = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()]
-    assert len(set(looks)) == 6 and len({colour for colour, _ in looks}) == 3 and {s for _, s in looks} == {"-", "--"}
+    styles = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()]
+    assert len(set(styles)) == 6 and len({color for color, _ in styles}) == 3 and {s for _, s in styles} == {"-", "--"}
     assert [line.get_linestyle() for line in figure.axes[1].get_lines()] == ["--"] * 3  # test, in every panel
     assert legends(figure) == [["a", "b", "c"], ["training", "test"]]
-    assert [line.get_color() for line in figure.legends[0].get_lines()] == [colour for colour, _ in looks[::2]]
+    assert [line.get_color() for line in figure.legends[0].get_lines()] == [color for color, _ in styles[::2]]
 
 
-def test_many_runs_have_different_colours(tmp_path):
+def test_many_runs_have_different_colors(tmp_path):
     figure = draw(*(write_log(tmp_path / f"run{i}", pretraining()) for i in range(15)))
     assert len({line.get_color() for line in figure.axes[0].get_lines()}) == 15
 
 
-def test_one_run_with_one_kind_of_curve_has_no_legend_but_a_title(tmp_path):
+def test_one_run_with_one_kind_of_curve_has_a_title_and_no_legend(tmp_path):
     figure = draw(write_log(tmp_path / "tiny", pretraining()))
     assert legends(figure) == [] and figure.get_suptitle() == "tiny"
 
@@ -121,11 +121,11 @@ def test_one_run_with_one_kind_of_curve_has_no_legend_but_a_title(tmp_path):
         ("/ /runs", "/ runs"),
     ],
 )
-def test_names_are_as_much_of_the_path_as_tells_it_from_the_others(paths, names):
-    assert short_names(paths.split()) == names.split()
+def test_names_are_the_shortest_unique_endings_of_the_paths(paths, names):
+    assert shorten_paths(paths.split()) == names.split()
 
 
-def test_the_picture_is_written_beside_the_first_log_and_each_run_told_in_a_line(plot, tmp_path):
+def test_the_picture_is_written_beside_the_first_log_and_each_run_reported_in_a_line(plot, tmp_path):
     a = write_log(tmp_path / "a", [*pretraining(2), dict(epoch=2, train_loss=float("nan"))])
     b = write_log(tmp_path / "b", [pretraining()[0] | dict(probe_knn=12.345, images_per_second=700)])
     result = plot(a / "log.txt", b, a)  # the first one twice
@@ -141,28 +141,18 @@ def test_the_picture_is_written_beside_the_first_log_and_each_run_told_in_a_line
     assert sorted(os.listdir(a)) == ["curves.png", "log.txt"]
 
 
-def test_lines_of_others_are_passed_over_and_counted_in_a_line(plot, tmp_path):
+def test_other_lines_are_skipped_and_counted(plot, tmp_path):
     deep = "[" * 100_000
-    others = [
-        deep,
-        "epoch 3",
-        '{"epoch": 3, "train_lo',
-        "[1]",
-        "3",
-        "{}",
-        '{"epoch": "3"}',
-        '{"epoch": 0.5}',
-        "9" * 5000,
-        "",
-    ]
+    others = [deep, "epoch 3", '{"epoch": 3, "train_lo', "[1]", "3"]
+    others += ["{}", '{"epoch": "3"}', '{"epoch": 0.5}', "9" * 5000, ""]
     run = write_log(tmp_path / "run", [*others[:5], *pretraining(), *others[5:]])
     result = plot(run)
     assert result.status == 0
-    assert result.out.splitlines()[0] == f"{run}/log.txt: passed over 9 lines that are no JSON object with an epoch"
+    assert result.out.splitlines()[0] == f"{run}/log.txt: skipped 9 lines that are no JSON object with an epoch"
     assert result.out.splitlines()[1].startswith("run: epochs done 3, train_loss 0.7")
 
 
-@pytest.mark.filterwarnings("error")  # they would be lines on the terminal
+@pytest.mark.filterwarnings("error")  # warnings would be lines on the terminal
 @pytest.mark.parametrize("name", [r"$\frac{$", "_old", "日本", os.fsdecode(b"\xff")])
 def test_runs_may_have_any_names(plot, tmp_path, name):
     try:
@@ -175,7 +165,7 @@ def test_runs_may_have_any_names(plot, tmp_path, name):
         assert (result.status, result.err) == (0, "")
 
 
-def test_the_ending_of_output_says_the_format(plot, tmp_path):
+def test_the_extension_of_output_decides_the_format(plot, tmp_path):
     run = write_log(tmp_path / "run", pretraining())
     assert plot(run, "--output", tmp_path / "curves.pdf").status == 0
     assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
@@ -187,8 +177,8 @@ def test_the_ending_of_output_says_the_format(plot, tmp_path):
         ("FOLDER/none", "FOLDER/none: No such file or directory; accepted is a run's output folder, or its log.txt"),
         ("FOLDER", "FOLDER/log.txt: No such file or directory"),
         ("FOLDER/run FOLDER/none", "FOLDER/none: No such file"),
-        ("FOLDER/text", "FOLDER/text/log.txt: no line of it is a JSON object with an epoch"),
-        ("FOLDER/empty", "FOLDER/empty/log.txt: no line of it"),
+        ("FOLDER/text", "FOLDER/text/log.txt: no line is a JSON object with an epoch"),
+        ("FOLDER/empty", "FOLDER/empty/log.txt: no line is"),
         ("FOLDER/bare", "nothing to draw: no finite value of train_loss, "),
         ("FOLDER/run --output FOLDER/none/curves.png", "--output FOLDER/none/curves.png: No such file or directory"),
         ("FOLDER/run --output FOLDER/run", "--output FOLDER/run: must end in one of .png, .pdf, .svg"),
@@ -197,7 +187,7 @@ def test_the_ending_of_output_says_the_format(plot, tmp_path):
         ("", "required: LOGDIR"),
     ],
 )
-def test_mistakes_are_told_in_one_line(plot, tmp_path, flags, words):
+def test_mistakes_are_reported_in_one_line(plot, tmp_path, flags, words):
     write_log(tmp_path / "run", pretraining())
     write_log(tmp_path / "text", ["no log"])
     write_log(tmp_path / "empty", [])
@@ -217,7 +207,7 @@ def test_without_matplotlib_a_line_says_how_to_get_it(plot, tmp_path, monkeypatc
     assert "needs matplotlib: pip install matplotlib" in result.err
 
 
-def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(plot, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_nothing(plot, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -3,14 +3,19 @@
 import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import SMALL, TINY, assert_same_weights, log_lines, weights
 
+import checkpoints
+import evaluation
 import hooks
 import main_finetune
 import utils
-from tools import probe
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -25,17 +30,17 @@ def test_after_a_signal_the_step_is_saved_and_the_run_goes_on_from_it(name, smal
     pretrain(*flags, "--output_dir", tmp_path / "whole")
     note = hooks.Console.on_log
 
-    def on_log(console, state):
-        note(console, state)
-        if (state.epoch, state.step) == (0, 3):
+    def on_log(console, run):
+        note(console, run)
+        if (run.epoch, run.step) == (0, 3):
             os.kill(os.getpid(), getattr(signal, name))
             os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
 
     monkeypatch.setattr(hooks.Console, "on_log", on_log)
-    monkeypatch.setattr(utils, "meet", lambda: os.kill(os.getpid(), signal.SIGTERM))  # nor does one after the save
+    monkeypatch.setattr(utils, "barrier", lambda: os.kill(os.getpid(), signal.SIGTERM))  # nor does one after the save
     folder = tmp_path / "stopped"
     result = pretrain(*flags, "--output_dir", folder, "--print_freq", 1)
-    assert result.status == utils.STOPPED == 75 and f"stopped by {name}: saved; the same command goes on" in result.out
+    assert result.status == utils.STOPPED == 75 and f"stopped by {name}: saved; the same command resumes" in result.out
     assert [path.name for path in folder.glob("*.pth")] == ["checkpoint-0-3.pth"]
     monkeypatch.undo()
     assert pretrain(*flags, "--output_dir", folder).status == 0
@@ -86,14 +91,23 @@ def test_a_job_is_queued_again_even_if_that_ends_scontrol(small, pretrain, tmp_p
         signal.signal(signal.SIGUSR2, before)
 
 
+HOLD_LOCK = """
+import sys, time, checkpoints
+checkpoints.lock_folder(sys.argv[1])
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_second_run_on_a_folder_is_refused(small, pretrain, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "lock_folder", lambda folder, lock=utils.lock_folder: lock(folder, patience=0.1))
-    utils.lock_folder(tmp_path)
-    first = list(utils.LOCKS)
+    lock = checkpoints.lock_folder
+    monkeypatch.setattr(checkpoints, "lock_folder", lambda folder: lock(folder, timeout=0.1))
+    holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
     result = pretrain(*small, "--output_dir", tmp_path)
-    assert result.status == 2 and f"another run writes there: process {os.getpid()} on" in result.err
-    for file in first:
-        file.close()
+    assert result.status == 2 and f"another run writes there: process {holder.pid} on" in result.err
+    holder.kill()
+    holder.wait()
     assert pretrain(*small, "--epochs", 1, "--output_dir", tmp_path).status == 0
 
 
@@ -107,13 +121,13 @@ def test_a_loss_that_is_not_finite_names_the_images(small, pretrain, tmp_path, i
 def test_a_signal_within_a_probe_gives_it_up(small, labelled_folder, pretrain, tmp_path, monkeypatch):
     flags = [*small, "--picture_freq", 0, "--probe_freq", 1, "--probe_data_path", labelled_folder]
     pretrain(*flags, "--output_dir", tmp_path / "whole")
-    collect = probe.collect
+    collect = evaluation.collect
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return collect(*args, **kwargs)
 
-    monkeypatch.setattr(probe, "collect", interrupted)
+    monkeypatch.setattr(evaluation, "collect", interrupted)
     folder = tmp_path / "stopped"
     result = pretrain(*flags, "--output_dir", folder)
     assert result.status == 75 and [path.name for path in folder.glob("*.pth")] == ["checkpoint-0-5.pth"]

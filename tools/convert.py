@@ -5,13 +5,14 @@ python -m tools.convert OUTPUT/checkpoint-best.pth convnextv2_tiny.pth --to timm
 
 from pathlib import Path
 
+import flags
 import utils
-from models.checkpoints import get_weights, network_config, split_decoder, to_timm
+from tools.common import add_model_key_arg
 from utils import UserError
 
 
 def get_args_parser():
-    parser = utils.FlagParser(add_help=False)
+    parser = flags.FlagParser(add_help=False)
     parser.add_argument("input", metavar="IN", help="checkpoint of this project, of the original or of timm")
     parser.add_argument("output", metavar="OUT", help="file to write")
     parser.add_argument(
@@ -20,31 +21,34 @@ def get_args_parser():
         choices=("original", "timm"),
         help="original: the dense names under 'model'; timm: what timm.create_model(NAME, checkpoint_path=OUT) loads",
     )
-    parser.add_argument(
-        "--model_key", default="model|module", help="where the weights are; model_ema: the averaged ones"
-    )
+    add_model_key_arg(parser)
     return parser
 
 
 def main(args):
-    checkpoint = utils.load_checkpoint(args.input)
+    from checkpoints import load_checkpoint, save_whole
+    from models import weights
+
+    checkpoint = load_checkpoint(args.input)
     if Path(args.output).resolve() == Path(args.input).resolve():
-        raise UserError(f"OUT {args.output}: is the same file as IN")
-    state, decoder = split_decoder(get_weights(checkpoint, args.input, args.model_key))
+        raise UserError(f"OUT {args.output}: is the same file as IN; choose another name")
+    with utils.name_in_errors(args.input):
+        state, decoder = weights.split_decoder(weights.find_weights(checkpoint, args.model_key))
     try:
-        config = network_config(state)
+        sizes = weights.network_config(state)
     except ValueError as error:
-        raise UserError(f"{args.input}: {error}: accepted is a ConvNeXt V2") from None
-    state = to_timm(state) if args.to == "timm" else state
+        raise UserError(f"{args.input}: {error}: must be the weights of a ConvNeXt V2") from None
+    with utils.name_in_errors(f"{args.input} --to timm"):
+        converted = weights.to_timm(state, checkpoint.get("config")) if args.to == "timm" else {"model": state}
     try:
-        utils.save_whole(args.output, state if args.to == "timm" else {"model": state})
+        save_whole(args.output, converted)
     except OSError as error:
         raise UserError(f"OUT {error}") from None
-    has_head = "head.weight" in state or "head.fc.weight" in state
-    head = "a head" if has_head else "no head (timm: num_classes=0)"
-    size = f"depths {config['depths']}, dims {config['dims']}"
-    print(f"{len(state)} tensors, {size}, {head}, {len(decoder)} of a decoder left out: {args.output}")
+    head = "a head" if "head.weight" in state else "no head (timm: num_classes=0)"
+    tensors = len(converted if args.to == "timm" else state)
+    size = f"depths {sizes['depths']}, dims {sizes['dims']}"
+    print(f"{tensors} tensors, {size}, {head}, {len(decoder)} of a decoder left out: {args.output}")
 
 
 if __name__ == "__main__":
-    utils.run_script(main, utils.FlagParser(description=__doc__.splitlines()[0], parents=[get_args_parser()]))
+    flags.run_script(main, get_args_parser(), __doc__)

@@ -1,8 +1,8 @@
-"""The plain way to compute FCMAE's encoder: a dense network that masks every activation. The reference for the others.
+"""The plain way to compute FCMAE's encoder, a dense network that masks every activation: the reference of the others.
 
-This is how SparK, ports to mobile frameworks and the original's JAX code do it, done right: removed sites are zero
-before each depthwise convolution, LayerNorm's bias may not refill them, and GRN's norm skips them. It computes every
-site, in (N, C, H, W) throughout, and shares only the parameters with the project's encoder.
+SparK, ports to mobile frameworks and the original's JAX code do it like this. To be equal to sparse convolution, masked
+sites must be zero before each depthwise convolution, LayerNorm's bias must not refill them, and GRN's norm must skip
+them. It computes every site, in (N, C, H, W) throughout, and shares only the parameters with the project's encoder.
 """
 
 import torch
@@ -11,15 +11,15 @@ from torch import nn
 
 
 def layer_norm(norm, x):
-    """LayerNorm over the channels of (N, C, H, W), which stays in that layout."""
+    """LayerNorm over the channels of (N, C, H, W), contiguous in that layout."""
     x = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), norm.weight, norm.bias, norm.eps)
     return x.permute(0, 3, 1, 2).contiguous()
 
 
 class DenseMasked(nn.Module):
-    """The encoder's parameters run densely: imgs (N, in_chans, H, W), mask (N, L) -> latent (N, C, h, w).
+    """Images (N, in_chans, H, W), mask (N, L), 1 = masked -> latent (N, C, h, w), zero at masked patches.
 
-    encoder: a `SparseConvNeXtV2`, whose parameters are used, not copied.
+    encoder: a `SparseConvNeXtV2`, whose parameters are shared, not copied.
     """
 
     def __init__(self, encoder):
@@ -27,7 +27,7 @@ class DenseMasked(nn.Module):
         self.downsample_layers = encoder.downsample_layers
         self.stages = encoder.stages
 
-    def forward(self, imgs, mask, num_visible=None):
+    def forward(self, imgs, mask, visible=None):
         stem = self.downsample_layers[0][0]
         h, w = (size // (8 * stem.stride[0]) for size in imgs.shape[2:])
         keep = 1 - mask.view(-1, 1, h, w).to(imgs.dtype)
@@ -35,8 +35,7 @@ class DenseMasked(nn.Module):
         for i, (layers, blocks) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             visible = keep.repeat_interleave(8 >> i, dim=2).repeat_interleave(8 >> i, dim=3)  # (N, 1, H, W)
             for layer in layers:
-                conv = isinstance(layer, nn.Conv2d)
-                x = F.conv2d(x, layer.weight, layer.bias, layer.stride) if conv else layer_norm(layer, x)
+                x = layer(x) if isinstance(layer, nn.Conv2d) else layer_norm(layer, x)
             x = x * visible
             for block in blocks:
                 x = self.block(block, x, visible)

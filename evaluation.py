@@ -1,0 +1,271 @@
+"""What a network makes of a data set: outputs collected over all ranks, metrics, probes of features, pictures."""
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import utils
+from images import denormalize, normalize
+from utils import UserError
+
+METRICS = ("probe_knn", "probe_linear")  # what `probe` measures
+
+
+def never():
+    return False
+
+
+# ---------------------------------------------------------------- outputs of all images
+
+
+@torch.no_grad()
+def collect(function, loader, device, autocast, divided=True, give_up=never):
+    """Apply function(uint8 imgs, targets) -> (n, D) to all images of a set, on all ranks together.
+
+    Returns rows (n, D), one an image in the order of the set, targets (n,) and the names of unreadable images, on the
+    CPU and the same on all ranks. autocast() -> context manager of the forward pass. divided: each rank's loader yields
+    its share; False: the whole set. give_up: asked before each batch; once it is true on any rank, all return None (if
+    divided). Raises UserError if no image could be read.
+    """
+    rows, indices, targets, unreadable, given_up = [], [], [], [], False
+    for batch in loader:
+        given_up = give_up()
+        if given_up:
+            break
+        unreadable += batch.unreadable
+        if len(batch.imgs):
+            with autocast():
+                row = function(batch.imgs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True))
+            rows.append(row.cpu())
+            indices.append(batch.indices)
+            targets.append(batch.targets)
+    if divided:
+        shares = utils.all_gather((rows, indices, targets, unreadable, given_up))
+        *lists, given_up_on_rank = zip(*shares, strict=True)
+        rows, indices, targets, unreadable = (sum(of_rank, []) for of_rank in lists)
+        given_up = any(given_up_on_rank)
+    if given_up:
+        return None
+    if not rows:
+        raise UserError(f"none of the images could be read: {unreadable[0]}")
+    order = torch.cat(indices).argsort()  # so that sums do not depend on how the set was divided
+    return torch.cat(rows)[order], torch.cat(targets)[order], unreadable
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class Evaluation:
+    """A classifier's answers to every readable image of a data set, in the order of the set.
+
+    loss: mean cross-entropy. targets (n,): true classes. top (n, K): the most probable classes, in falling order.
+    topk: at which k to report accuracy, precision and recall, 1 always; a k above the number of classes counts as that
+    number. unreadable: names of the images left out.
+    """
+
+    def __init__(self, loss, targets, top, num_classes, topk=(1, 5), unreadable=()):
+        self.loss, self.targets, self.top, self.unreadable = loss, targets, top, unreadable
+        self.num_classes, self.topk = num_classes, sorted({1, *topk})
+
+    @staticmethod
+    def metric_names(topk):
+        topk = sorted({1, *topk})
+        return ["loss", *(f"acc{k}" for k in topk), *(f"{name}{k}" for k in topk for name in ("precision", "recall"))]
+
+    def accuracy(self, k):
+        """Percentage of the images whose class is among the k most probable."""
+        return 100 * (self.top[:, :k] == self.targets[:, None]).any(1).double().mean().item()
+
+    def metrics(self):
+        """By name: loss, and for each k the accuracy and the class means of precision and recall, in per cent.
+
+        A class that is never predicted counts with precision 0; a class without images is left out of both means.
+        """
+        columns = self.per_class()
+        has_images = columns.pop("images") > 0
+        means = {name: 100 * column[has_images].nan_to_num().mean().item() for name, column in columns.items()}
+        return {"loss": self.loss} | {f"acc{k}": self.accuracy(k) for k in self.topk} | means
+
+    def per_class(self):
+        """By name, for each class (C,): images, and precision and recall at each k; nan for 0 / 0.
+
+        At k a class is predicted where it is among the k most probable.
+        """
+        images = self.targets.bincount(minlength=self.num_classes)
+        columns = {"images": images}
+        for k in self.topk:
+            top = self.top[:, :k]
+            predicted = top.flatten().bincount(minlength=self.num_classes)
+            correct = self.targets[(top == self.targets[:, None]).any(1)].bincount(minlength=self.num_classes)
+            columns |= {f"precision{k}": correct.double() / predicted, f"recall{k}": correct.double() / images}
+        return columns
+
+    def confusion(self):
+        """(C, C) counts: row = true class, column = most probable class."""
+        pairs = self.targets * self.num_classes + self.top[:, 0]
+        return pairs.bincount(minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
+
+    def __str__(self):
+        accuracies = "  ".join(f"top-{k} {self.accuracy(k):.2f} %" for k in self.topk)
+        left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
+        return f"{accuracies}  loss {self.loss:.4f}  ({len(self.targets)} images{left_out})"
+
+
+# ---------------------------------------------------------------- probes of frozen features
+
+
+def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.07):
+    """Top-1 accuracy in per cent of k nearest neighbors by cosine, weighted by exp(cosine / temperature).
+
+    Wu et al., 2018. train (n, C), test (m, C): features; targets (n,), (m,): classes.
+    """
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    correct = 0
+    for queries, targets in zip(test.split(1024), test_targets.split(1024), strict=True):
+        nearest = (queries @ train.T).topk(min(k, len(train)))
+        weights = ((nearest.values - 1) / temperature).exp()
+        votes = weights.new_zeros(len(queries), train_targets.max() + 1)
+        votes.scatter_add_(1, train_targets[nearest.indices], weights)
+        correct += (votes.argmax(1) == targets).sum().item()
+    return 100 * correct / len(test)
+
+
+class GivenUp(Exception):
+    """Ends an optimizer's step from within."""
+
+
+def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give_up=never):
+    """Top-1 accuracy in per cent of logistic regression on standardized features; None if given up.
+
+    Shapes as in `knn_accuracy`. L-BFGS minimizes the sum of cross-entropies + |weights|^2 / (2 strength) until it
+    converges: the minimum is unique, and there is no learning rate or number of epochs to choose.
+    """
+    mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-12)
+    train, test = (train - mean) / std, (test - mean) / std
+    weight = train.new_zeros(train_targets.max() + 1, train.shape[1], requires_grad=True)
+    bias = train.new_zeros(len(weight), requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_grad=1e-7, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        if give_up():
+            raise GivenUp
+        optimizer.zero_grad()
+        loss = F.cross_entropy(train @ weight.T + bias, train_targets)
+        loss = loss + weight.square().sum() / (2 * strength * len(train))
+        loss.backward()
+        return loss
+
+    try:
+        optimizer.step(closure)
+    except GivenUp:
+        return None
+    with torch.no_grad():
+        return 100 * ((test @ weight.T + bias).argmax(1) == test_targets).double().mean().item()
+
+
+def probe(trunk, loaders, device, autocast, give_up=never):
+    """Classify frozen features, trunk(imgs) -> (N, C, h, w) averaged over all sites, by two simple classifiers.
+
+    loaders: two, of the images to fit on and of those to test on (`datasets.build_probe_sets`); each rank's yields its
+    share. Returns ({metric of METRICS: per cent}, [targets (n,), targets (m,)], names of unreadable images), the same
+    on all ranks and for any number of them; None if any rank gives up. Raises UserError as `collect` does.
+    """
+
+    def mean_features(imgs, _):
+        return trunk(normalize(imgs)).float().mean((2, 3))
+
+    tensors, unreadable = [], []  # tensors: features and targets to fit on, features and targets to test on
+    for loader in loaders:
+        collected = collect(mean_features, loader, device, autocast, give_up=give_up)
+        if collected is None:
+            return None
+        *features_and_targets, names = collected
+        tensors += features_and_targets
+        unreadable += names
+
+    def classify():
+        train, train_targets, test, test_targets = (tensor.to(device) for tensor in tensors)
+        linear = linear_accuracy(train.double(), train_targets, test.double(), test_targets, give_up=give_up)
+        return None if linear is None else (knn_accuracy(train, train_targets, test, test_targets), linear)
+
+    accuracies = utils.on_main_rank(classify)
+    return None if accuracies is None else (dict(zip(METRICS, accuracies, strict=True)), tensors[1::2], unreadable)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@torch.no_grad()
+def draw_reconstructions(model, imgs, noise=None, mask_ratio=None):
+    """A Pillow image with a row original | masked | reconstruction for each image. imgs: (N, C, H, W) uint8.
+
+    model: an `FCMAE`, left in its mode. noise (N, L) decides the masks; None: drawn. mask_ratio None: the model's.
+    """
+    was_training = model.training
+    model.eval()
+    inputs = normalize(imgs)
+    _, pred, mask = model(inputs, mask_ratio=mask_ratio, noise=noise)
+    model.train(was_training)
+    reconstruction = denormalize(model.reconstruct(inputs, pred.float(), mask))
+    p = model.patch_size
+    is_masked = mask.view(-1, 1, imgs.shape[2] // p, imgs.shape[3] // p).bool()
+    is_masked = is_masked.repeat_interleave(p, dim=2).repeat_interleave(p, dim=3)  # (N, 1, H, W)
+    masked = imgs.masked_fill(is_masked, 127)
+    return draw_table(["original", "masked", "reconstruction"], [imgs, masked, reconstruction])
+
+
+def draw_table(titles, columns, border=4, min_width=112, header=16):
+    """A Pillow RGB image of columns of images, (N, C, H, W) uint8 each, under their titles.
+
+    The second half of N stands beside the first. Images less than min_width pixels wide are enlarged.
+    """
+    n, channels, height, width = columns[0].shape
+    rows = -(-n // 2)
+    enlarge = -(-min_width // width)
+    width, height = width * enlarge, height * enlarge
+    half = len(columns) * (width + border) + 2 * border
+    table = Image.new("RGB", (half * (2 if n > 1 else 1), header + rows * (height + border)), "white")
+    for j, (title, images) in enumerate(zip(titles, columns, strict=True)):
+        images = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+        for i, image in enumerate(images.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+            left, top = i // rows * half + border + j * (width + border), header + i % rows * (height + border)
+            if i % rows == 0:
+                ImageDraw.Draw(table).text((left, 2), title, fill="black")
+            table.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+    return table
+
+
+def draw_confusion(matrix, names, width=800):
+    """A Pillow RGB image of confusion counts (C, C), rows = true classes; darker = a larger share of the row.
+
+    With few classes, names stand beside rows and above columns, and cells show their counts.
+    """
+    count = len(matrix)
+    cell = min(max(width // count, 1), 48)  # pixels; from 12 on there is room for names, from 24 for counts
+    names = [name[:24] for name in names]
+    margin = 40 + 6 * max(map(len, names)) if cell >= 12 else 40
+    side = cell * count
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    color = 1 - share[:, :, None] * torch.tensor([0.88, 0.62, 0.35])  # white to blue
+    heat = Image.fromarray((color * 255).round().to(torch.uint8).numpy())
+    picture = Image.new("RGB", (margin + side + 8, margin + side + 8), "white")
+    picture.paste(heat.resize((side, side), Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline="lightgray")
+    draw.text((margin + 4, 4), "predicted", fill="gray")
+    draw.text((4, margin - 16 if cell >= 12 else margin + 4), "true", fill="gray")
+    if cell < 12:
+        return picture
+    headings = Image.new("RGB", (margin - 20, side), "white")  # names of columns, before they are turned
+    for i, name in enumerate(names):
+        y = cell * i + cell // 2
+        draw.text((margin - 6, margin + y), name, fill="black", anchor="rm")
+        ImageDraw.Draw(headings).text((6, y), name, fill="black", anchor="lm")
+        for j in matrix[i].nonzero().flatten().tolist() if cell >= 24 else ():
+            center = margin + cell * j + cell // 2, margin + y
+            fill = "white" if share[i, j] > 0.5 else "black"
+            draw.text(center, str(matrix[i, j].item()), fill=fill, anchor="mm")
+    picture.paste(headings.rotate(90, expand=True), (margin, 19))
+    return picture

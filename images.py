@@ -1,0 +1,413 @@
+"""One image: found, opened, decoded, normalized; and the image sets.
+
+An image set has `len`, `name(i)`, `open(i)` (see `open_image`), `in_chans`; a labelled one also `targets` (n,) and
+`class_names`.
+"""
+
+import contextlib
+import functools
+import os
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+import utils
+from utils import UserError
+
+COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
+STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow recognizes these but cannot decode them
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, RGB
+INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+# ---------------------------------------------------------------- find files, number classes
+
+
+def image_extensions():
+    """The file extensions, lower case, that `open_image` reads."""
+    Image.init()
+    readable = set(Image.OPEN) - STUB_FORMATS
+    return {extension for extension, name in Image.registered_extensions().items() if name in readable} | {".npy"}
+
+
+def find_images(folder):
+    """Sorted paths of the images below a folder, nested or flat. Hidden files and folders do not count."""
+    extensions = image_extensions()
+    paths, visited = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in visited:  # links may form circles
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [
+            os.path.join(parent, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in extensions and not name.startswith(".")
+        ]
+    return sorted(paths)
+
+
+def class_folders(folder, paths):
+    """The name of the class folder, directly below `folder`, of each path. Raises UserError for files beside them."""
+    names = [Path(path).relative_to(folder).parts[0] for path in paths]
+    for name in set(names):
+        if not (Path(folder) / name).is_dir():
+            raise UserError(f"{folder}: {name} lies beside the class folders; give one folder a class")
+    return names
+
+
+def number_classes(folder, names, class_names=None):
+    """(targets (n,), class_names): a number for each name, in the order of class_names, by default sorted.
+
+    Raises UserError for a name that is not in class_names.
+    """
+    class_names = sorted(set(names)) if class_names is None else list(class_names)
+    unknown = sorted(set(names) - set(class_names))
+    if unknown:
+        known = ", ".join(class_names[:4]) + (", ..." if len(class_names) > 4 else "")
+        raise UserError(
+            f"{folder}: class folder {unknown[0]} ({len(unknown)} such) is not among the "
+            f"{len(class_names)} classes of the model: {known}"
+        )
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return np.array([numbers[name] for name in names], dtype=np.int64), class_names
+
+
+# ---------------------------------------------------------------- image sets
+
+
+class ImageFolder:
+    """The images below a folder, nested or flat, without labels."""
+
+    def __init__(self, folder, in_chans):
+        # Bytes in one array: each loader worker would slowly copy a list of a million Python strings.
+        self.paths = np.array([os.fsencode(path) for path in find_images(folder)])
+        self.in_chans = in_chans
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, index):
+        return os.fsdecode(bytes(self.paths[index]))
+
+    def open(self, index):
+        return open_image(self.name(index), self.in_chans)
+
+
+class ClassFolders(ImageFolder):
+    """The images below the class folders of a folder. class_names: the classes of the model, if it has some already.
+
+    Raises UserError as `class_folders` and `number_classes` do.
+    """
+
+    def __init__(self, folder, in_chans, class_names=None):
+        super().__init__(folder, in_chans)
+        names = class_folders(folder, map(self.name, range(len(self))))
+        self.targets, self.class_names = number_classes(folder, names, class_names)
+
+
+class ImageArrays:
+    """Labelled images in memory: arrays (n, H, W) or (n, H, W, C) uint8; a name and a class for each."""
+
+    def __init__(self, arrays, names, targets, class_names, in_chans):
+        self.arrays, self.names, self.in_chans = arrays, names, in_chans
+        self.targets, self.class_names = np.asarray(targets), list(class_names)
+
+    def __len__(self):
+        return len(self.arrays)
+
+    def name(self, index):
+        return self.names[index]
+
+    def open(self, index):
+        return Image.fromarray(self.arrays[index]).convert(COLOR_MODES[self.in_chans])
+
+
+class Digits(ImageArrays):
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which need no download. A fixed fifth is held out."""
+
+    def __init__(self, train, in_chans):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        order = np.random.RandomState(0).permutation(len(digits.images))
+        held_out = len(order) // 5
+        numbers = np.sort(order[held_out:] if train else order[:held_out])
+        arrays = np.rint(digits.images[numbers] * (255 / 16)).astype(np.uint8)
+        names = [f"digit {number}" for number in numbers]
+        super().__init__(arrays, names, digits.target[numbers], map(str, digits.target_names), in_chans)
+
+
+class Cifar(ImageArrays):
+    """CIFAR-10 or CIFAR-100 in a folder, downloaded into it if missing. Raises UserError if that fails."""
+
+    def __init__(self, num_classes, folder, train, in_chans):
+        from torchvision import datasets as torchvision_datasets
+
+        try:
+            data = getattr(torchvision_datasets, f"CIFAR{num_classes}")(folder, train=train, download=True)
+        except Exception as error:  # of the network, the disk or the archive
+            problem = f"CIFAR{num_classes} is not there and cannot be downloaded: {error}"
+            raise UserError(f"--data_path {folder}: {problem}") from None
+        names = [f"{folder}, image {index}" for index in range(len(data))]
+        super().__init__(data.data, names, data.targets, data.classes, in_chans)
+
+
+class Subset:
+    """The first `count` images of each class of a labelled image set."""
+
+    def __init__(self, images, count):
+        targets = np.asarray(images.targets)
+        self.numbers = np.sort(np.concatenate([np.flatnonzero(targets == t)[:count] for t in np.unique(targets)]))
+        self.images, self.in_chans = images, images.in_chans
+        self.targets, self.class_names = targets[self.numbers], images.class_names
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def name(self, index):
+        return self.images.name(self.numbers[index])
+
+    def open(self, index):
+        return self.images.open(self.numbers[index])
+
+
+def build_images(data_set, path, split, in_chans, labelled=True, class_names=None, flag="--data_path"):
+    """The image set that --data_set names. Another one is added here and to the choices of the flag.
+
+    split: "train", "val", or "" if path has no such subfolders. class_names: the classes of the model, for a folder
+    that may lack some. flag: where path comes from. Raises UserError if no image can be read.
+    """
+    if data_set == "DIGITS":
+        return Digits(split == "train", in_chans)
+    if data_set in ("CIFAR", "CIFAR10"):
+        num_classes = 100 if data_set == "CIFAR" else 10
+        return utils.main_rank_first(lambda: Cifar(num_classes, path, split == "train", in_chans))
+    folder = Path(path)
+    if data_set == "IMNET" or split == "val" or (folder / split).is_dir():  # an image_folder need not have train/
+        folder = folder / split
+    accepted = "a folder with a folder of images for each class" if labelled else "a folder of images"
+    if not folder.is_dir():
+        problem = "not a folder" if folder.exists() else "no such folder"
+        subfolder = "" if folder == Path(path) else f" {folder}"
+        raise UserError(f"{flag} {path}: {problem}{subfolder}; give {accepted}, or --data_set DIGITS")
+    images = ClassFolders(folder, in_chans, class_names) if labelled else ImageFolder(folder, in_chans)
+    if not len(images):
+        raise UserError(f"{flag} {folder}: no image there; give {accepted}: files that Pillow reads, or .npy")
+    check_readable(f"{flag} {folder}", images)
+    return images
+
+
+def check_readable(name, images, count=100):
+    """Raise UserError if none of the first images can be read."""
+    errors = []
+    for index in range(min(len(images), count)):
+        _, error = try_open(images, index, lambda image: decode(image, images.in_chans))
+        if error is None:
+            return
+        errors.append(error)
+    raise UserError(f"{name}: none of the first {len(errors)} images can be read: {errors[0]}")
+
+
+# ---------------------------------------------------------------- open and decode
+
+
+def check_color_mode(in_chans, data_set):
+    """Raise UserError unless Pillow images, such as those of this data set, can have so many channels."""
+    if in_chans not in COLOR_MODES:
+        raise UserError(f"--in_chans {in_chans}: must be one of {list(COLOR_MODES)} for {data_set}")
+
+
+def open_image(path, in_chans):
+    """A context manager of an image: Pillow's, not decoded yet, or, from .npy of other than 1 or 3 channels, a tensor.
+
+    Tensors are uint8 (C, H, W). Raises whatever Pillow raises for a file that it does not recognize, ValueError for an
+    array that does not fit.
+    """
+    if str(path).lower().endswith(".npy"):
+        array = np.load(path)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != in_chans:
+            raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
+        if in_chans in (1, 3):
+            return Image.fromarray(array[:, :, 0] if in_chans == 1 else array)
+        return contextlib.nullcontext(torch.from_numpy(array).permute(2, 0, 1))
+    if in_chans not in COLOR_MODES:
+        raise ValueError(f"image files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays have others")
+    return Image.open(path)
+
+
+def try_open(images, index, read):
+    """(read(opened image), None), or (None, "name (error)") of an image that cannot be read."""
+    try:
+        with images.open(index) as image:
+            return read(image), None
+    except Exception as error:  # Pillow's plugins raise nearly everything
+        return None, f"{images.name(index)} ({type(error).__name__}: {error})"
+
+
+def decode(image, in_chans, shrink=1):
+    """The pixels of an opened image: a Pillow image of mode COLOR_MODES[in_chans]; a tensor as it is.
+
+    16-bit grays keep their upper 8 bits; 32-bit and floating-point ones are stretched from their own range to 8 bits.
+    shrink: for a JPEG 2, 4 or 8 decodes each side at 1 / shrink of its length, rounded up.
+    """
+    if torch.is_tensor(image):
+        return image
+    if shrink > 1:
+        image.draft(image.mode, (image.width // shrink, image.height // shrink))
+    image.load()
+    if image.mode.startswith(("I", "F")):
+        image = convert_to_8_bits(image, sixteen=";16" in image.mode or image.format in ("PNG", "PPM"))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # applies the transparent color, if any
+    return image.convert(COLOR_MODES[in_chans])
+
+
+def convert_to_8_bits(gray, sixteen):
+    """A gray image of 16 bits, of either byte order or held in 32, or one of 32 bits, with 8."""
+    array = np.asarray(gray)
+    if sixteen:
+        return Image.fromarray((array >> 8).astype(np.uint8))
+    low, high = float(array.min()), float(array.max())
+    return Image.fromarray(np.rint((array - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+
+
+def decode_fast(image, in_chans, shrink=1):
+    """As `decode`, but faster, and as a uint8 tensor (C, H, W); RGBA stays a Pillow image."""
+    plain = isinstance(image, JpegImageFile) and in_chans < 4 and image.mode in ("L", COLOR_MODES[in_chans])
+    pixels = decode_jpeg(image) if plain and shrink == 1 else None
+    if pixels is not None:
+        return pixels.expand(in_chans, -1, -1)
+    image = decode(image, in_chans, shrink)
+    # Resizing has to weigh colors by their opacity: Pillow does, tensors do not
+    return image if torch.is_tensor(image) or image.mode == "RGBA" else to_tensor(image)
+
+
+def decode_jpeg(image):
+    """A JPEG that Pillow opened, as uint8 (C, H, W); None where Pillow has to decode it. The same pixels, faster."""
+    try:
+        from torchvision.io import decode_jpeg  # deprecated since torchvision 0.29
+    except ImportError:
+        return None
+    image.fp.seek(0)
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8))
+    except RuntimeError:  # Pillow may succeed, or else says what is wrong
+        return None
+
+
+def to_tensor(image):
+    """A Pillow image as uint8 (C, H, W); a tensor as it is."""
+    if torch.is_tensor(image):
+        return image
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+class Crop(NamedTuple):
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def shrink(self, factor):
+        """The same rectangle of the image decoded at 1 / factor of its size: edges move to the nearest pixel there."""
+        top, left = round(self.top / factor), round(self.left / factor)
+        bottom, right = round((self.top + self.height) / factor), round((self.left + self.width) / factor)
+        return Crop(top, left, bottom - top, right - left)
+
+
+def find_shrink(image, crops, size):
+    """The largest of 1, 2, 4, 8 by which an opened JPEG may be shrunk and no crop has to be enlarged to size.
+
+    libjpeg then skips most of the inverse transform. Crops of 224: the samples of 2000 x 1500 pixels take 1 / 1.6
+    of the time, those of 1024 x 768 1 / 1.1; of 500 x 375 hardly any can be shrunk.
+    """
+    if not isinstance(image, JpegImageFile):
+        return 1
+    room = min(min(crop.height / (size[0] + 1), crop.width / (size[1] + 1)) for crop in crops)  # + 1: edges move
+    return max(shrink for shrink in (1, 2, 4, 8) if shrink <= max(room, 1))
+
+
+class RandomCrop:
+    """Random crops of an opened image by the law of torchvision's RandomResizedCrop, resized to (height, width).
+
+    decode: `decode` or `decode_fast`. interpolation: bicubic, bilinear or random, which is one of the two.
+    """
+
+    def __init__(self, size, scale, interpolation, decode, in_chans):
+        from torchvision.transforms import InterpolationMode, v2
+
+        self.size, self.decode, self.in_chans = size, decode, in_chans
+        self.law, self.resized_crop = v2.RandomResizedCrop(size, scale), v2.functional.resized_crop
+        names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+        self.interpolations = [InterpolationMode(name) for name in names]
+
+    def draw(self, image):
+        return Crop(**self.law.make_params([image]))
+
+    def cut(self, image, crops):
+        """Each of these crops, resized; a JPEG is decoded once and no larger than they need."""
+        modes = self.interpolations
+        mode = random.choice(modes) if len(modes) > 1 else modes[0]
+        shrink = find_shrink(image, crops, self.size)
+        image = self.decode(image, self.in_chans, shrink)
+        return [self.resized_crop(image, *crop.shrink(shrink), self.size, mode) for crop in crops]
+
+    def __call__(self, image):
+        return self.cut(image, [self.draw(image)])[0]
+
+
+def read_image(path, in_chans):
+    """A file, opened and decoded. Raises what `open_image` raises, and whatever Pillow raises on decoding."""
+    with open_image(path, in_chans) as image:
+        return decode(image, in_chans)
+
+
+def read_files(flag, paths, in_chans, transform):
+    """Yield (path, transform(image)) for each image of files and of folders of them.
+
+    Raises UserError, which begins with flag, if there is none, and for one that cannot be read.
+    """
+    files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
+    if not files:
+        raise UserError(f"{flag} {' '.join(paths)}: no image there")
+    for file in files:
+        try:
+            image = read_image(file, in_chans)
+        except Exception as error:  # Pillow's plugins raise nearly everything
+            raise UserError(f"{flag} {file}: cannot be read: {error}") from None
+        yield file, transform(image)
+
+
+# ---------------------------------------------------------------- normalize
+
+
+@functools.cache  # a copy to a GPU for each batch would wait for it
+def pixel_statistics(in_chans, imagenet=True, device="cpu"):
+    """Mean and standard deviation of each channel, (C, 1, 1), of pixels in [0, 1]; if not 3 channels, RGB's average.
+
+    imagenet: ImageNet's; False: 0.5 and 0.5, as Inception's.
+    """
+    rgb = torch.tensor(IMAGENET_STATISTICS if imagenet else INCEPTION_STATISTICS)
+    channels = rgb if in_chans == 3 else rgb.mean(1, keepdim=True).expand(2, in_chans)
+    return tuple(channels.to(device)[:, :, None, None])
+
+
+def normalize(imgs, imagenet=True):
+    """uint8 (N, C, H, W) -> float32 with the mean and standard deviation of `pixel_statistics` taken out."""
+    mean, std = pixel_statistics(imgs.shape[1], imagenet, imgs.device)
+    return (imgs / 255 - mean) / std
+
+
+def denormalize(imgs):
+    """The inverse of `normalize` with ImageNet's statistics, clipped: float (N, C, H, W) -> uint8."""
+    mean, std = pixel_statistics(imgs.shape[1], device=imgs.device)
+    return ((imgs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,395 @@
+"""Where a run stands: its position, means and best values; the hooks that observe it; the epoch loop."""
+
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import utils
+from flags import at_least
+from optim_factory import effective_batch_size, load_moments
+from utils import TrainingError, UserError, log
+
+
+def add_watch_args(parser, default):
+    """default: the metric that decides the best checkpoint if the user names none, or None."""
+    add = parser.add_argument_group("best checkpoint and early stop").add_argument
+    metric = "train_loss, or a metric of the evaluation or probe, that decides checkpoint-best.pth"
+    add("--watch", metavar="METRIC", help=f"{metric}; None: {default}")
+    patience = "stop after so many measurements of --watch without a best; 0: never"
+    add("--early_stop", default=0, type=at_least(0), help=patience)
+
+
+def check_watch_args(args, watch, metrics):
+    """Raise UserError unless the watched metric is among those that are measured; --early_stop needs one."""
+    if watch not in (None, *metrics):
+        raise UserError(f"--watch {watch}: must be one of {', '.join(metrics)}")
+    if args.early_stop and watch is None:
+        raise UserError(f"--early_stop {args.early_stop}: give --watch too, one of {', '.join(metrics)}")
+
+
+# ---------------------------------------------------------------- the state of a run
+
+
+class Mean:
+    """A running mean."""
+
+    def __init__(self, sum=0.0, count=0):
+        self.sum, self.count = sum, count
+
+    def add(self, value):
+        self.sum += value
+        self.count += 1
+
+    @property
+    def value(self):
+        return self.sum / max(self.count, 1)
+
+
+class Means(dict):
+    """`Mean`s by name."""
+
+    def add(self, values):
+        for name, value in values.items():
+            self.setdefault(name, Mean()).add(value)
+
+    def values_by_name(self):
+        return {name: mean.value for name, mean in self.items()}
+
+
+class Run:
+    """What the epoch loop moves, hooks observe and checkpoints keep.
+
+    The same on every rank, but for what `observe` is told and for metrics that hooks measure on the main rank alone.
+
+    model: without DDP and compilation. sampler: of the training set, None for an evaluation. images: the image set.
+    model_ema: timm's ModelEmaV3 or None. class_names: in the order of the head. watch: the metric of the best
+    checkpoint or None. watch_ema: whether the same metric of the EMA weights has a best checkpoint of its own.
+    """
+
+    def __init__(
+        self, args, model, device, optimizer=None, scaler=None, sampler=None, images=(),
+        model_ema=None, class_names=None, watch=None, watch_ema=False,
+    ):  # fmt: skip
+        self.args, self.device = args, device
+        self.model, self.model_ema, self.optimizer, self.scaler = model, model_ema, optimizer, scaler
+        self.sampler, self.images, self.class_names = sampler, images, class_names
+        self.steps_per_epoch = sampler.steps_per_epoch if sampler else 0
+        self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.epoch = args.start_epoch
+        self.step = 0  # optimizer steps done in this epoch
+        self.lr = 0.0
+        self.metrics = {}  # numbers of this epoch, by their names in log.txt
+        self.evaluations = {}  # the last `Evaluation`s: "" of the model, "_ema" of the EMA weights
+        self.given_up = False  # whether an evaluation or probe was interrupted by a signal
+        self.stop_requested = lambda: False  # whether a signal came: then evaluations give up
+        self.watched = [f"{watch}{suffix}" for suffix in (["", "_ema"] if watch_ema else [""])] if watch else []
+        self.best = {}  # by watched metric: value, its epoch, measurements since
+        self.unreadable_images = {}  # names that any rank met, in order
+        self.hooks = lambda event, run: None
+        self.hook_states = {}  # of the checkpoint, for hooks that keep a state
+        self.epoch_means = Means()
+        self.epoch_images, self.epoch_seconds = 0, 0.0  # trained in this epoch, up to the last log line
+        self.unread_losses, self.unread_names = [], []  # of this rank, since they were last read
+        self.start_lap()
+
+    # ---- position
+
+    @property
+    def epochs_done(self):
+        """With a fraction."""
+        return self.epoch + self.step / max(self.steps_per_epoch, 1)
+
+    @property
+    def evaluating(self):
+        """Whether this run evaluates and nothing else."""
+        return self.sampler is None
+
+    @property
+    def epochs_trained(self):
+        """The epochs that the weights have seen at the end of an epoch, before `start_next_epoch`."""
+        return self.epoch + (not self.evaluating)
+
+    def is_finished(self, epoch):
+        """Whether `epoch` is not trained: the last one is done, or --watch has not improved for --early_stop."""
+        since = min((since for _, _, since in self.best.values()), default=0)
+        return epoch >= self.args.epochs or 0 < self.args.early_stop <= since
+
+    def is_last_epoch(self):
+        return self.is_finished(self.epoch + 1)
+
+    def is_due(self, every):
+        """Whether work that is done every so many epochs, after the first and last, is due at the end of this one."""
+        done = self.epoch + 1
+        return every > 0 and (done % every == 0 or done == 1 or self.is_last_epoch())
+
+    def start_next_epoch(self):
+        self.epoch, self.step, self.metrics = self.epoch + 1, 0, {}
+        self.epoch_means, self.epoch_images, self.epoch_seconds = Means(), 0, 0.0
+
+    # ---- within an epoch
+
+    def is_time_to_log(self):
+        return self.step % self.args.print_freq == 0 or self.step == self.steps_per_epoch
+
+    def start_lap(self):
+        """Start what one log line covers."""
+        self.lap_start, self.lap_batches, self.data_seconds, self.lap_means = time.perf_counter(), 0, 0.0, Means()
+
+    def add_batch(self, batch, seconds):
+        """Count a batch and the seconds that the loader kept the step waiting for it."""
+        self.lap_batches += 1
+        self.data_seconds += seconds
+        self.unread_names += batch.unreadable
+
+    def add_losses(self, losses):
+        """Keep the loss of a batch and its terms, {name: scalar tensor}, without waiting for the device."""
+        self.unread_losses.append({name: value.detach().clone() for name, value in losses.items()})
+
+    def observe(self, **values):
+        """For hooks: numbers of a step. Log lines show their mean since the last line; log.txt that over the epoch."""
+        values = {name: float(value) for name, value in values.items()}
+        self.lap_means.add(values)
+        self.epoch_means.add(values)
+
+    def end_lap(self):
+        """Close what a log line covers and return it: means, images_per_second, data_seconds a batch. On all ranks."""
+        self.read_losses()
+        images = self.lap_batches * self.args.batch_size * utils.get_world_size()
+        seconds = time.perf_counter() - self.lap_start
+        self.epoch_images, self.epoch_seconds = self.epoch_images + images, self.epoch_seconds + seconds
+        self.lap = self.lap_means.values_by_name() | {
+            "images_per_second": images / seconds,
+            "data_seconds": self.data_seconds / self.lap_batches,
+        }
+        self.start_lap()
+
+    def read_losses(self):
+        """Fetch the losses since the last call, averaged over all ranks, which call this at the same step.
+
+        Raises TrainingError, on all of them, at a loss that is not finite.
+        """
+        if not self.unread_losses:
+            return
+        names = list(self.unread_losses[0])
+        local = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self.unread_losses])
+        losses = local.clone()  # (batches, names)
+        if dist.is_initialized():
+            dist.all_reduce(losses)
+            losses /= dist.get_world_size()
+        self.unreadable_images |= dict.fromkeys(sum(utils.all_gather(self.unread_names), []))
+        self.unread_losses, self.unread_names = [], []
+        for index, values in enumerate(losses.tolist()):
+            if not math.isfinite(values[0]):
+                batch = self.step * self.args.update_freq - len(losses) + index
+                report_nonfinite_loss(self, values[0], batch, is_local=not local[index, 0].isfinite())
+            # one by one, so that the sum over an epoch does not depend on how often losses are read
+            for means in (self.lap_means, self.epoch_means):
+                means.add(dict(zip(names, values, strict=True)))
+
+    # ---- the end of an epoch
+
+    def add_evaluations(self, evaluations):
+        """Keep the evaluations of an epoch, by suffix ("", "_ema"); none of them if a signal interrupted one."""
+        self.given_up = None in evaluations.values()
+        self.evaluations = {} if self.given_up else evaluations
+        for suffix, evaluation in self.evaluations.items():
+            self.metrics |= {f"test_{name}{suffix}": value for name, value in evaluation.metrics().items()}
+            self.add_unreadable(evaluation.unreadable)
+
+    def add_unreadable(self, names):
+        """Keep the main rank's list of the names of images that could not be read."""
+        self.unreadable_images |= dict.fromkeys(utils.on_main_rank(lambda: names))
+
+    def close_epoch(self):
+        """Complete the metrics of an epoch, and note whether it is the best."""
+        train = {f"train_{name}": value for name, value in self.epoch_means.values_by_name().items()}
+        train["train_lr"] = self.lr
+        if self.epoch_seconds:
+            train["images_per_second"] = round(self.epoch_images / self.epoch_seconds, 1)
+        self.metrics = train | self.metrics
+        self.best_before = self.best
+        self.best = utils.on_main_rank(self.update_best)  # the last bit of a mean may differ between machines
+
+    def update_best(self):
+        """`best` with the metrics of this epoch."""
+        best = dict(self.best)
+        for name in self.watched:
+            if name not in self.metrics:
+                continue
+            value = self.metrics[name]
+            if name not in best or not math.isfinite(best[name][0]) or is_better(name, value, best[name][0]):
+                best[name] = [value, self.epoch, 0]
+            else:
+                best[name] = [*best[name][:2], best[name][2] + 1]
+        return best
+
+    def is_best(self, name):
+        return name in self.best and self.best[name][1] == self.epoch
+
+    # ---- checkpoints
+
+    def state_dict(self):
+        """What a checkpoint keeps besides weights, optimizer, scaler, position and flags."""
+        return {
+            "lr": self.lr,
+            "epoch_means": {name: [mean.sum, mean.count] for name, mean in self.epoch_means.items()},
+            "unreadable_images": list(self.unreadable_images),
+            "best": self.best,
+            "class_names": self.class_names,
+            "num_images": len(self.images),
+            "effective_batch_size": effective_batch_size(self.args),
+            "hooks": getattr(self.hooks, "state_dict", dict)(),
+        }
+
+    def load_state_dict(self, checkpoint):
+        """Continue where a checkpoint of this project was written."""
+        load_moments(self.optimizer, checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # of a run in float16
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+        if self.step:
+            means = checkpoint["epoch_means"].items()
+            self.epoch_means, self.lr = Means((name, Mean(*mean)) for name, mean in means), checkpoint["lr"]
+        self.unreadable_images = dict.fromkeys(checkpoint["unreadable_images"])
+        self.best = {name: best for name, best in checkpoint["best"].items() if name in self.watched}
+        self.hook_states = checkpoint["hooks"]
+
+
+def is_better(name, value, other):
+    return value < other if "loss" in name else value > other
+
+
+def report_nonfinite_loss(run, loss, batch, is_local):
+    """Raise TrainingError, naming the images of a batch. is_local: whether the loss of this rank is not finite."""
+    names = [run.images.name(index) for index in run.sampler.batch_indices(run.epoch, batch)] if is_local else []
+    names = sum(utils.all_gather(names), [])
+    examples = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    if run.args.output_dir and utils.is_main_process():
+        path = Path(run.args.output_dir) / "nonfinite_batch.txt"
+        with contextlib.suppress(OSError):  # a full disk does not hide the message
+            path.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
+            examples += f" (all in {path})"
+    raise TrainingError(
+        f"loss is {loss} in epoch {run.epoch}, step {batch // run.args.update_freq + 1} of {run.steps_per_epoch}: "
+        f"stopped. The last checkpoint is from before. Try a lower --blr, or --amp_dtype bfloat16. Batch: {examples}"
+    )
+
+
+# ---------------------------------------------------------------- hooks
+
+
+class Hook:
+    """Called at set points of a run, on every rank, so that a hook may use collective operations.
+
+    A hook with main_only = True is called on the main rank alone, and must not use them. It may keep a state across
+    resumes: state_dict() -> what torch.save(weights_only) can read, load_state_dict(state); the main rank's is saved.
+    """
+
+    main_only = False
+
+    def on_start(self, run):
+        """Before the first epoch of this process."""
+
+    def on_epoch_start(self, run): ...
+
+    def on_gradients(self, run):
+        """Before an optimizer step: gradients are accumulated, unscaled, averaged over the ranks, not clipped yet."""
+
+    def on_step(self, run):
+        """After an optimizer step; `run.step` counts it already."""
+
+    def on_log(self, run):
+        """Every print_freq steps and after the last step of an epoch, before `on_step`: `run.lap` is complete."""
+
+    def on_evaluate(self, run):
+        """After the last step of an epoch and its evaluation: the time to measure, into `run.metrics`."""
+
+    def on_epoch_end(self, run):
+        """Then: `run.metrics` is complete; `run.epoch` is that epoch. Also at the end of --eval true."""
+
+    def on_end(self, run):
+        """After the last epoch."""
+
+    def state_dict(self):
+        return None
+
+    def load_state_dict(self, state): ...
+
+
+class Hooks:
+    """Call a list of hooks in their order: hooks("on_step", run). The order has no effect on the training.
+
+    A file that a main_only hook cannot write stops no run. Any other error of a hook ends the run, with its name.
+    """
+
+    def __init__(self, hooks):
+        self.hooks = [hook for hook in hooks if utils.is_main_process() or not hook.main_only]
+
+    def __call__(self, event, run):
+        for hook in list(self.hooks):
+            try:
+                getattr(hook, event)(run)
+            except (UserError, TrainingError, utils.Stopped):
+                raise
+            except Exception as error:
+                if not hook.main_only or not isinstance(error, OSError):
+                    place = f"{event}, epoch {run.epoch}, step {run.step}"
+                    raise RuntimeError(f"hook {type(hook).__name__} failed ({place}): {error!r}") from error
+                log(f"{type(hook).__name__} failed: {error}. Training continues.")
+                if event == "on_start":  # it lacks what it needs
+                    self.hooks.remove(hook)
+
+    def state_dict(self):
+        states = {type(hook).__name__: hook.state_dict() for hook in self.hooks}
+        return {name: state for name, state in states.items() if state is not None}
+
+    def load_state_dict(self, states):
+        for hook in self.hooks:
+            if type(hook).__name__ in states:
+                hook.load_state_dict(states[type(hook).__name__])
+
+
+# ---------------------------------------------------------------- the epoch loop
+
+
+def log_configuration(run, schedule, model_description, loader):
+    """Print the flags, and in two lines what is trained on which data."""
+    args = run.args
+    for name, value in sorted(vars(args).items()):
+        log(f"  {name}: {value}")
+    if schedule.warmup_epochs >= args.epochs:
+        log(f"warm-up of {schedule.warmup_epochs:g} epochs: the learning rate rises during all of {args.epochs}")
+    log(f"{args.model}, {model_description}")
+    log(
+        f"{len(run.images)} images, {run.steps_per_epoch} steps of {effective_batch_size(args)} an epoch; "
+        f"peak learning rate {schedule.peak_lr:.2e}; {utils.get_world_size()} ranks, {loader.num_workers} loader "
+        f"workers each"
+    )
+
+
+def train(run, hooks, train_one_epoch, evaluate=None):
+    """The epochs of a run, from where it stands to the last one.
+
+    train_one_epoch(): from `run.step` to the end of `run.epoch`. evaluate() -> {suffix: Evaluation}, see
+    `Run.add_evaluations`; None: no evaluation.
+    """
+    if run.is_finished(run.epoch):
+        return log(f"nothing left to do: {run.epoch} of {run.args.epochs} epochs are done")
+    run.hooks = hooks
+    hooks.load_state_dict(run.hook_states)
+    hooks("on_start", run)
+    while not run.is_finished(run.epoch):
+        run.sampler.set_position(run.epoch, run.step)
+        hooks("on_epoch_start", run)
+        train_one_epoch()
+        if evaluate is not None:
+            run.add_evaluations(evaluate())
+        hooks("on_evaluate", run)
+        run.close_epoch()
+        hooks("on_epoch_end", run)
+        run.start_next_epoch()
+    hooks("on_end", run)

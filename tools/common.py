@@ -1,0 +1,67 @@
+"""Shared by several tools: flags that choose weights and image size, the network, its transform, files to write."""
+
+from pathlib import Path
+
+import flags
+import utils
+from checkpoints import load_checkpoint, training_flags, write_whole
+from utils import UserError
+
+
+def add_model_key_arg(parser):
+    parser.add_argument(
+        "--model_key",
+        default="model|module",
+        metavar="KEYS",
+        help="checkpoint keys to try, separated by |; model_ema: the EMA weights",
+    )
+
+
+def add_input_size_arg(parser):
+    parser.add_argument(
+        "--input_size",
+        action=flags.ImageSize,
+        default=None,
+        help="side of the images, or height and width; None: as in the training, else 224",
+    )
+
+
+def load_network(path, model_key):
+    """The dense network of a checkpoint of any known form, in evaluation mode, and the checkpoint. Raises UserError."""
+    from models import convnextv2
+
+    checkpoint = load_checkpoint(path)
+    with utils.name_in_errors(path):
+        model, _ = convnextv2.from_checkpoint(checkpoint, model_key)
+    return model.eval(), checkpoint
+
+
+def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):
+    """(height, width): input_size if given, else that of the checkpoint's training. Raises UserError if it is unfit."""
+    size = input_size or training_flags(checkpoint).get("input_size", (224, 224))
+    flags.check_image_size("input_size", size, multiple_of=multiple_of, least=total_stride)
+    return size
+
+
+def build_transform(checkpoint, input_size, in_chans):
+    """image -> normalized (C, height, width), as the checkpoint's training evaluates, at the given size."""
+    from datasets import build_eval_transform
+    from images import normalize
+
+    flags = training_flags(checkpoint)
+    transform = build_eval_transform(size=input_size, in_chans=in_chans, crop_pct=flags.get("crop_pct"))
+    return lambda image: normalize(transform(image)[None], flags.get("imagenet_default_mean_and_std", True))[0]
+
+
+def check_not_among(flag, output, inputs):
+    """Raise UserError if the file to write is one of the files to read."""
+    if Path(output).resolve() in [Path(path).resolve() for path in inputs]:
+        raise UserError(f"{flag} {output}: is one of the images; choose another name")
+
+
+def write_output(output, write):
+    """Call write(file) to write --output whole or not at all. Raises UserError if that fails."""
+    try:
+        write_whole(output, write)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}") from None

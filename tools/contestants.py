@@ -1,0 +1,181 @@
+"""The contestants of `tools.benchmark`, and one step of each. All get the same initial weights.
+
+Of --part encoder and step (steps of pre-training):
+
+    packed            the project's FCMAE
+    packed compiled   the same under torch.compile(fullgraph=True), with --compile
+    packed triton     with depthwise convolutions by models/kernels.py, on CUDA with --triton; also compiled
+    dense masked      its encoder computes every site and masks it: tools/dense_masked.py
+    dense unmasked    its encoder is the fine-tuning network, on the whole image: what masking should save; also
+                      compiled, with --compile
+    minkowski         its encoder runs on MinkowskiEngine, where that is installed
+
+Of --part finetune (steps of a classifier of 1000 classes with label smoothing):
+
+    dense             the project's ConvNeXtV2, channels last; also compiled, triton, compiled triton, as above
+    timm              timm's model of that name as it comes, (N, C, H, W); also channels last, and that compiled
+"""
+
+import warnings
+
+import torch
+from torch import nn
+
+from models import convnextv2, fcmae
+from models.convnextv2_sparse import split_patches
+from models.depthwise import use_triton
+from tools.dense_masked import DenseMasked
+from utils import keep_freed_memory, name_in_errors
+
+warnings.filterwarnings("ignore", module="MinkowskiEngine")  # it warns on import where it was built without CUDA
+PATCH = 32  # pixels
+
+
+class DenseUnmasked(nn.Module):
+    """The dense, channels-last trunk on the whole image: (N, 3, H, W) -> (N, C, h, w). It ignores the mask."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.downsample_layers, self.stages = trunk.downsample_layers, trunk.stages
+
+    def forward(self, imgs, mask, visible=None):
+        x = imgs.contiguous(memory_format=torch.channels_last)
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+        return x
+
+
+def count_patches(args):
+    """The numbers of patches of an image and of visible ones. Raises UserError unless the mask leaves some, not all."""
+    patches = (args.input_size // PATCH) ** 2
+    with name_in_errors("--mask_ratio"):
+        return patches, fcmae.FCMAE.num_visible(patches, args.mask_ratio)
+
+
+def choose_contestants(args):
+    """The contestants of --part, the reference first, and {contestant: reason} of those left out."""
+    reference = "dense" if args.part == "finetune" else "packed"
+    contestants = [reference] + [f"{reference} compiled"] * args.compile + [f"{reference} triton"] * args.triton
+    contestants += [f"{reference} compiled triton"] * (args.compile and args.triton)
+    if args.part == "finetune":
+        return contestants + ["timm", "timm channels last"] + ["timm channels last compiled"] * args.compile, {}
+    contestants += ["dense masked", "dense unmasked"] + ["dense unmasked compiled"] * args.compile
+    reason = why_no_minkowski(args)
+    return (contestants, {"minkowski": reason}) if reason else ([*contestants, "minkowski"], {})
+
+
+def why_no_minkowski(args):
+    """Why MinkowskiEngine is left out; None if it is not."""
+    if args.dtype != "float32":
+        return f"it computes in float32 only, not in {args.dtype}"
+    try:
+        from models.convnextv2_minkowski import ME
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return None if args.device == "cpu" or ME.is_cuda_available() else "this MinkowskiEngine was built without CUDA"
+
+
+def build_classifier(name, contestant):
+    """The project's or timm's classifier of that name."""
+    torch.manual_seed(0)
+    model = getattr(convnextv2, name)(num_classes=1000)
+    if not contestant.startswith("timm"):
+        return model
+    import timm
+
+    from models.weights import to_timm
+
+    timm_model = timm.create_model(name, num_classes=1000)
+    timm_model.load_state_dict(to_timm(model.state_dict()))
+    return timm_model.to(memory_format=torch.channels_last) if "channels last" in contestant else timm_model
+
+
+def build_fcmae(name, contestant, input_size):
+    """The FCMAE of that name with the contestant's encoder."""
+    torch.manual_seed(0)
+    model = getattr(fcmae, name)(img_size=input_size)
+    if contestant == "minkowski":
+        minkowski = getattr(fcmae, name)(img_size=input_size, sparse_backend="minkowski")
+        minkowski.load_state_dict(model.state_dict())
+        return minkowski
+    if contestant == "dense masked":
+        model.encoder = DenseMasked(model.encoder)
+    elif contestant.startswith("dense unmasked"):
+        encoder = DenseUnmasked(getattr(convnextv2, name)(num_classes=1))
+        encoder.load_state_dict(model.encoder.state_dict())
+        model.encoder = encoder
+    return model
+
+
+def make_step(name, contestant, batch_size, args):
+    """A function without arguments that runs one step of --part on a fixed batch of noise."""
+    if args.device == "cpu":
+        keep_freed_memory()  # as the scripts do
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # the default for matrix products; convolutions would have an advantage
+    use_triton("triton" in contestant)
+    dtype = getattr(torch, args.dtype)
+    autocast = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
+    if args.part == "finetune":
+        make, model = make_finetune_step, build_classifier(name, contestant)
+    else:
+        make = make_encoder_step if args.part == "encoder" else make_pretrain_step
+        model = build_fcmae(name, contestant, args.input_size)
+    imgs = torch.randn(batch_size, 3, args.input_size, args.input_size, device=args.device)
+    return make(model.to(args.device), contestant, imgs, autocast, args)
+
+
+def make_encoder_step(model, contestant, imgs, autocast, args):
+    """Forward and backward of an FCMAE's encoder."""
+    encoder, mask = model.encoder, model.gen_random_mask(imgs, args.mask_ratio)
+    _, num_visible = count_patches(args)
+
+    def forward(imgs, mask):
+        visible, _ = split_patches(mask, num_visible)
+        return encoder(imgs, mask, visible=visible)
+
+    forward = torch.compile(forward, fullgraph=True) if "compiled" in contestant else forward
+    side = args.input_size // PATCH
+    grad = torch.randn(len(imgs), model.proj.in_channels, side, side, device=args.device)
+
+    def step():
+        with autocast:
+            latent = forward(imgs, mask)
+        latent.backward(grad.to(latent.dtype))
+        encoder.zero_grad(set_to_none=True)
+
+    return step
+
+
+def make_pretrain_step(model, contestant, imgs, autocast, args):
+    """Masks, forward, loss, backward and update of an FCMAE."""
+    forward = torch.compile(model, fullgraph=True) if "compiled" in contestant else model
+    return make_update(model, lambda: forward(imgs, mask_ratio=args.mask_ratio, masked_only=True)[0], autocast, args)
+
+
+def make_finetune_step(model, contestant, imgs, autocast, args):
+    """Forward, loss, backward and update of a classifier."""
+    from timm.loss import LabelSmoothingCrossEntropy
+
+    if "channels last" in contestant:
+        imgs = imgs.contiguous(memory_format=torch.channels_last)
+    targets = torch.arange(len(imgs), device=args.device)
+    criterion = LabelSmoothingCrossEntropy(0.1)
+    forward = torch.compile(model) if "compiled" in contestant else model
+    return make_update(model, lambda: criterion(forward(imgs).float(), targets), autocast, args)
+
+
+def make_update(model, compute_loss, autocast, args):
+    """A function without arguments: forward, backward and AdamW, as the engines do it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+
+    def step():
+        with autocast:
+            loss = compute_loss()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
