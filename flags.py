@@ -39,9 +39,10 @@ class FlagParser(argparse.ArgumentParser):
         return shlex.split(arg_line, comments=True)
 
     def error(self, message):
-        """End with one line instead of the usage of a hundred flags: `--flag VALUE: must be ...`."""
+        """End with one line, on the main process, instead of the usage of a hundred flags: `--flag VALUE: must be ...`."""
         message = re.sub(r"^argument (--\w+)[^:]*: (?=.*: must be )", r"\1 ", message)
-        self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n")
+        line = f"{self.prog}: error: {message}; --help lists all flags\n"
+        self.exit(2, line if utils.is_main_process() else None)
 
 
 def run_script(main, parser, description):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .depthwise import depthwise_conv
-from .utils import GRN, LayerNorm, Stage, can_fuse, fused_grn_linear, init_weights, names_without_decay
+from .utils import GRN, LayerNorm, Stage, can_fuse, channels_last, fused_grn_linear, init_weights, names_without_decay
 from .weights import find_weights, load_backbone, network_config, split_decoder
 
 # Appendix A of the paper: blocks and channels of the four stages
@@ -77,7 +77,7 @@ class Network(nn.Module):
     `config` holds the arguments of the constructor, `cls(**model.config)` builds the same network.
     """
 
-    block = Block
+    block, stem, downsample = Block, nn.Sequential, nn.Sequential  # classes of the layers, for subclasses to replace
 
     def __init__(
         self,
@@ -93,13 +93,24 @@ class Network(nn.Module):
         self.block_options = block_options
         self.config = dict(in_chans=in_chans, depths=self.depths, dims=self.dims, drop_path_rate=drop_path_rate)
         self.config |= dict(stem_stride=stem_stride, **block_options)
-        self.downsample_layers = make_downsample_layers(in_chans, dims, stem_stride)
+        self.downsample_layers = nn.ModuleList([self.make_stem(in_chans)])
+        self.downsample_layers += [self.make_downsample(*pair) for pair in zip(dims[:-1], dims[1:], strict=True)]
         last = max(sum(depths) - 1, 1)
         rates = (drop_path_rate * block / last for block in range(sum(depths)))
         self.stages = nn.ModuleList(
             Stage(*(self.block(dim, drop_path=next(rates), **block_options) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)
         )
+
+    def make_stem(self, in_chans):
+        """The stem: a non-overlapping convolution of stem_stride x stem_stride pixels."""
+        conv = nn.Conv2d(in_chans, self.dims[0], kernel_size=self.stem_stride, stride=self.stem_stride)
+        return self.stem(conv, LayerNorm(self.dims[0], data_format="channels_first"))
+
+    def make_downsample(self, dim, next_dim):
+        """The layer before a later stage: a 2x2 stride-2 convolution."""
+        norm = LayerNorm(dim, data_format="channels_first")
+        return self.downsample(norm, nn.Conv2d(dim, next_dim, kernel_size=2, stride=2))
 
     def set_grad_checkpointing(self, enable=True):
         """Recompute the activations within blocks in the backward pass instead of keeping them."""
@@ -110,22 +121,6 @@ class Network(nn.Module):
     def no_weight_decay(self):
         """Names of parameters without weight decay; timm's `create_optimizer_v2` asks for them."""
         return names_without_decay(self)
-
-
-def make_downsample_layers(in_chans, dims, stem_stride):
-    """The stem, a non-overlapping convolution, and the three 2x2 stride-2 convolutions before the later stages."""
-    stem = nn.Sequential(
-        nn.Conv2d(in_chans, dims[0], kernel_size=stem_stride, stride=stem_stride),
-        LayerNorm(dims[0], data_format="channels_first"),
-    )
-    later = (
-        nn.Sequential(
-            LayerNorm(dim, data_format="channels_first"),
-            nn.Conv2d(dim, next_dim, kernel_size=2, stride=2),
-        )
-        for dim, next_dim in zip(dims[:-1], dims[1:], strict=True)
-    )
-    return nn.ModuleList([stem, *later])
 
 
 class ConvNeXtV2(Network):
@@ -149,7 +144,7 @@ class ConvNeXtV2(Network):
 
     def forward_trunk(self, x):
         """(N, in_chans, H, W) -> features of the sites (N, C, h, w), h = H / total stride."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
         return x

@@ -74,7 +74,7 @@ class MinkowskiConvNeXtV2(SparseConvNeXtV2):
             visible, _ = split_patches(mask, count_visible(mask))
         n, (h, w) = len(imgs), self.grid(imgs)
         sites = active_sites(visible, (h, w), 8)
-        rows = self.stem(imgs, sites)
+        rows = self.downsample_layers[0](imgs, sites)
         at = torch.cartesian_prod(*(torch.arange(size, device=imgs.device) for size in (n, 8 * h, 8 * w)))
         at = at.view(n, 8 * h, 8 * w, 3).permute(0, 3, 1, 2)
         x = ME.SparseTensor(rows.flatten(0, 1), coordinates=pack(at, sites).flatten(0, 1).int(), device=imgs.device)

@@ -12,9 +12,9 @@ tensor is needed: the active sites are packed into rows, (N, S, C), a static sha
     the same rows gathered back. Output sites = input sites: that is submanifold sparse convolution. On CUDA a Triton
     kernel reads and writes the rows where they are (`models.kernels`).
 
-Stages, blocks, norms, linear layers, activations, GRN and drop path are called. The convolutions and the containers of
-`downsample_layers` are not: their weights are read, as long as they are plain (see `is_plain`) and as built here.
-Otherwise (a hook, an adapter, another convolution) they are called on canvases or on the whole image, which is slower.
+All modules are called but the convolutions, whose weights are read as long as they are plain (see `is_plain`) and as
+built here. Otherwise (a hook, an adapter, another kernel) they are called too, on a canvas or the whole image, which is
+slower.
 
 Shapes: as in `models.sites`. Parameters have the names and shapes of the dense `ConvNeXtV2`, so its weights fit without
 conversion.
@@ -36,13 +36,39 @@ class SparseBlock(Block):
         return x + self.drop_path(self.mlp(sparse_depthwise_conv(x, self.dwconv, sites)))
 
 
+class SparseStem(nn.Sequential):
+    """Convolution and norm: images (N, in_chans, H, W) -> packed rows (N, S, C) of the first stage."""
+
+    def forward(self, imgs, sites):
+        conv, norm = self
+        if is_patch_conv(conv, imgs):
+            stride = conv.stride[0]
+            pixels = pack(F.pixel_unshuffle(imgs, stride), sites)  # (N, S, in_chans * stride * stride)
+            x = F.linear(pixels, conv.weight.flatten(1), conv.bias)
+        else:
+            x = pack(conv(imgs), sites)
+        return norm_rows(norm, x)
+
+
+class SparseDownsample(nn.Sequential):
+    """Norm and 2x2 stride-2 convolution of packed rows: (N, 4S, C) at sites -> (N, S, C') at next_sites."""
+
+    def forward(self, x, sites, next_sites):
+        norm, conv = self
+        x = norm_rows(norm, x)
+        if not (is_patch_conv(conv, x) and conv.stride == (2, 2)):
+            return pack(conv(unpack(x, sites)), next_sites)
+        x = x.reshape(len(x), x.shape[1] // 4, 4 * x.shape[2])  # four rows in Z-order: the 2 x 2 sites row by row
+        return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
 class SparseConvNeXtV2(Network):
     """The encoder of FCMAE: images (N, in_chans, H, W), mask (N, L), 1 = masked -> (N, C, h, w), zero where masked.
 
     Args: those of `Network`.
     """
 
-    block = SparseBlock
+    block, stem, downsample = SparseBlock, SparseStem, SparseDownsample
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -57,12 +83,12 @@ class SparseConvNeXtV2(Network):
         if visible is None:
             visible, _ = split_patches(mask, count_visible(mask))
         sites = active_sites(visible, grid, 8)
-        x = self.stem(imgs, sites)
-        for i, stage in enumerate(self.stages):
-            if i > 0:
-                previous, sites = sites, active_sites(visible, grid, 8 >> i)
-                x = self.downsample(x, self.downsample_layers[i], previous, sites)
-            x = stage(x, sites)
+        x = self.downsample_layers[0](imgs, sites)
+        x = self.stages[0](x, sites)
+        for i in range(1, len(self.stages)):
+            previous, sites = sites, active_sites(visible, grid, 8 >> i)
+            x = self.downsample_layers[i](x, previous, sites)
+            x = self.stages[i](x, sites)
         return unpack(x, sites)
 
     def grid(self, imgs):
@@ -72,31 +98,6 @@ class SparseConvNeXtV2(Network):
             raise ValueError(f"images of {imgs.shape[2]} x {imgs.shape[3]}: both sides must be multiples of {unit}")
         return imgs.shape[2] // unit, imgs.shape[3] // unit
 
-    def stem(self, imgs, sites):
-        """Images (N, in_chans, H, W) -> packed rows (N, S, C) of the first stage."""
-        layer = self.downsample_layers[0]
-        if not is_plain(layer, nn.Sequential, imgs):
-            return pack(layer(imgs), sites)
-        conv, norm = layer
-        if is_patch_conv(conv, imgs, self.stem_stride):
-            pixels = pack(F.pixel_unshuffle(imgs, self.stem_stride), sites)  # (N, S, in_chans * stride * stride)
-            x = F.linear(pixels, conv.weight.flatten(1), conv.bias)
-        else:
-            x = pack(conv(imgs), sites)
-        return norm_rows(norm, x)
-
-    @staticmethod
-    def downsample(x, layer, sites, next_sites):
-        """2x2 stride-2 convolution of packed rows: (N, 4S, C) at sites -> (N, S, C') at next_sites."""
-        if not is_plain(layer, nn.Sequential, x):
-            return pack(layer(unpack(x, sites)), next_sites)
-        norm, conv = layer
-        x = norm_rows(norm, x)
-        if not is_patch_conv(conv, x, 2):
-            return pack(conv(unpack(x, sites)), next_sites)
-        x = x.reshape(len(x), x.shape[1] // 4, 4 * x.shape[2])  # four rows in Z-order: the 2 x 2 sites row by row
-        return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
-
 
 def norm_rows(norm, x):
     """Call norm, a layer for maps with channels first, on packed rows (N, S, C)."""
@@ -105,11 +106,11 @@ def norm_rows(norm, x):
     return map_as_rows(norm(rows_as_map(x)))
 
 
-def is_patch_conv(conv, x, stride):
+def is_patch_conv(conv, x):
     """Whether conv is a plain convolution of non-overlapping squares, so that a matrix product computes it."""
     return (
         is_plain(conv, nn.Conv2d, x)
-        and conv.kernel_size == conv.stride == (stride, stride)
+        and conv.kernel_size == conv.stride == (conv.stride[0], conv.stride[0])
         and conv.padding == (0, 0)
         and conv.dilation == (1, 1)
         and conv.groups == 1

@@ -12,6 +12,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .sites import pack, unpack, unpack_by_gathering
 from .utils import is_plain
@@ -161,19 +162,24 @@ def runs_in_triton(x, weight):
     """Whether the convolution of x with weight (C, 1, K, K) is to run in the kernels of `models.kernels`."""
     if x.device.type not in TRITON_DEVICES or weight.shape[-1] != 7:
         return False
-    return _works_or_warns(x.device) if _enabled is None else _enabled
+    return _decide(x.device) if _enabled is None else _enabled
 
 
 @functools.cache
-def _works_or_warns(device):
+def _try_and_warn(device):
     reason = triton_works(device)
     if reason:
         warnings.warn(f"depthwise convolutions run in PyTorch, not in Triton kernels: {reason}", stacklevel=2)
     return reason is None
 
 
-# torch.compile must not trace the attempt. `torch.compiler.assume_constant_result` sets this too, but takes a second.
-_works_or_warns._dynamo_marked_constant = True
+def _decide(device):
+    return _try_and_warn(device)
+
+
+# torch.compile must not trace the attempt. `torch.compiler.assume_constant_result` does just this, but only after
+# importing all of torch._dynamo, which takes a second.
+_decide._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -188,7 +194,8 @@ def triton_works(device):
     try:
         from . import kernels
 
-        kernels.try_on(device)
+        with unset_fake_temporarily():  # in case the first use is under torch.compile or a FakeTensorMode
+            kernels.try_on(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

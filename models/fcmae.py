@@ -102,7 +102,7 @@ class FCMAE(nn.Module):
     @staticmethod
     def num_visible(num_patches, mask_ratio):
         """How many of num_patches a mask of mask_ratio leaves visible. Raises ValueError if none or all."""
-        # A range has a plain number as its length. torch.compile would make a symbol of the second mask ratio, and fail.
+        # The length of a range is a plain number; torch.compile would fail with a symbol for the second mask ratio.
         visible = len(range(int(num_patches * (1 - mask_ratio))))
         if not 0 < visible < num_patches:
             raise ValueError(
@@ -150,7 +150,7 @@ class FCMAE(nn.Module):
 
     def predict_rows(self, x):
         """Features of patches (N, R, D) -> predicted patches (N, R, P)."""
-        if is_patch_conv(self.pred, x, 1):
+        if is_patch_conv(self.pred, x):
             return F.linear(x, self.pred.weight.flatten(1), self.pred.bias)
         return map_as_rows(self.pred(rows_as_map(x)))
 

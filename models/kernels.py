@@ -68,30 +68,30 @@ def _output_tiles(first, num_tiles, visible, canvas, K: tl.constexpr, T: tl.cons
 
 @triton.jit
 def _first_row(image, y, x, canvas, K: tl.constexpr, T: tl.constexpr):
-    """The row of the first site of tiles, and whether they are there: on the canvas and not masked."""
+    """The row of the first site of tiles, and whether they are present: on the canvas and not masked."""
     slots, num_visible, height, width = canvas
-    there = (y >= 0) & (y * T < height) & (x >= 0) & (x * T < width)
+    present = (y >= 0) & (y * T < height) & (x >= 0) & (x * T < width)
     if slots is None:
         row = (image * height + y * T) * width + x * T
     else:
         side: tl.constexpr = K // T
         patch = (image * (height // K) + y // side) * (width // K) + x // side
-        slot = tl.load(slots + patch, mask=there, other=-1)
-        there = slot >= 0
+        slot = tl.load(slots + patch, mask=present, other=-1)
+        present = slot >= 0
         row = (((image * num_visible + slot) * side + y % side) * side + x % side) * T * T
-    return row, there
+    return row, present
 
 
 @triton.jit
-def _site(there, y, x, sy, sx, canvas, T: tl.constexpr):
-    """Site (sy, sx) of tiles: how many rows after the first, and whether it is there."""
+def _site(present, y, x, sy, sx, canvas, T: tl.constexpr):
+    """Site (sy, sx) of tiles: its offset from the first in rows, and whether it is present."""
     slots, _, height, width = canvas
     if slots is None:  # the last tiles may reach beyond the canvas
-        after = sy * width + sx
-        there = there & (y * T + sy < height) & (x * T + sx < width)
+        offset = sy * width + sx
+        present = present & (y * T + sy < height) & (x * T + sx < width)
     else:  # Z-order: the bits of row and column in turn
-        after = sy // 2 * 8 + sx // 2 * 4 + sy % 2 * 2 + sx % 2
-    return after, there
+        offset = sy // 2 * 8 + sx // 2 * 4 + sy % 2 * 2 + sx % 2
+    return offset, present
 
 
 @triton.jit
@@ -121,13 +121,13 @@ def _correlate(
     FACTORS: tl.constexpr = T + SIDE - SUMS  # T x T output sites and SIDE x SIDE taps, in either role
     for dy in tl.static_range(-REACH, REACH + 1):
         for dx in tl.static_range(-REACH, REACH + 1):
-            row, there = _first_row(image, ty + dy, tx + dx, canvas, K, T)
+            row, present = _first_row(image, ty + dy, tx + dx, canvas, K, T)
             pointers = x + row.to(tl.int64)[:, None] * C + channel[None, :]
             for sy in tl.static_range(max(0, -HALO - dy * T), min(T, T + HALO - dy * T)):
                 for sx in tl.static_range(max(0, -HALO - dx * T), min(T, T + HALO - dx * T)):
-                    after, here = _site(there, ty + dy, tx + dx, sy, sx, canvas, T)
-                    mask = here[:, None] & (channel < C)[None, :]
-                    value = tl.load(pointers + after * C, mask=mask, other=0).to(sums[0].dtype)
+                    offset, valid = _site(present, ty + dy, tx + dx, sy, sx, canvas, T)
+                    mask = valid[:, None] & (channel < C)[None, :]
+                    value = tl.load(pointers + offset * C, mask=mask, other=0).to(sums[0].dtype)
                     sums = _add_products(sums, factors, value, dy * T + sy + HALO, dx * T + sx + HALO, SUMS, FACTORS)
     return sums
 
@@ -155,13 +155,13 @@ def _conv_kernel(
         for _ in tl.static_range(T * T):
             sums += (start,)
         sums = _correlate(sums, factors, x, image, ty, tx, channel, canvas, C, K, T, T)
-        row, there = _first_row(image, ty, tx, canvas, K, T)
+        row, present = _first_row(image, ty, tx, canvas, K, T)
         pointers = out + row.to(tl.int64)[:, None] * C + channel[None, :]
         for sy in tl.static_range(T):
             for sx in tl.static_range(T):
-                after, here = _site(there, ty, tx, sy, sx, canvas, T)
-                mask = here[:, None] & (channel < C)[None, :]
-                tl.store(pointers + after * C, sums[sy * T + sx].to(out.dtype.element_ty), mask=mask)
+                offset, valid = _site(present, ty, tx, sy, sx, canvas, T)
+                mask = valid[:, None] & (channel < C)[None, :]
+                tl.store(pointers + offset * C, sums[sy * T + sx].to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -181,14 +181,14 @@ def _weight_grad_kernel(
     begin = tl.program_id(0) * tiles_per_program
     for first in range(begin, tl.minimum(begin + tiles_per_program, num_tiles), TILES):
         image, ty, tx = _output_tiles(first, num_tiles, visible, canvas, K, T, TILES)
-        row, there = _first_row(image, ty, tx, canvas, K, T)
+        row, present = _first_row(image, ty, tx, canvas, K, T)
         pointers = grad + row.to(tl.int64)[:, None] * C + channel[None, :]
         factors = ()
         for sy in tl.static_range(T):
             for sx in tl.static_range(T):
-                after, here = _site(there, ty, tx, sy, sx, canvas, T)
-                mask = here[:, None] & (channel < C)[None, :]
-                factors += (tl.load(pointers + after * C, mask=mask, other=0).to(dtype),)
+                offset, valid = _site(present, ty, tx, sy, sx, canvas, T)
+                mask = valid[:, None] & (channel < C)[None, :]
+                factors += (tl.load(pointers + offset * C, mask=mask, other=0).to(dtype),)
                 bias += factors[sy * T + sx]
         sums = _correlate(sums, factors, x, image, ty, tx, channel, canvas, C, K, T, SIDE)
 
@@ -227,7 +227,7 @@ def _plan(x, visible, slots, programs):
 
 
 def _maps(x, visible, slots):
-    """x as maps (N, C, H, W), of float32 at least, and the function that brings such maps into the form of x."""
+    """x as maps (N, C, H, W), of float32 at least, and the function that turns such maps back into the form of x."""
     if slots is None:
         return x.permute(0, 3, 1, 2).to(_sum_type(x)), lambda maps: maps.permute(0, 2, 3, 1).to(x.dtype).contiguous()
     k = math.isqrt(x.shape[1] // visible.shape[1])

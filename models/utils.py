@@ -13,7 +13,7 @@ PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, type(None))  # None: a 
 def is_plain(module, cls, x):
     """Whether module(x) does exactly what the class cls does, so that a fast path may replace the call.
 
-    It does not for a subclass, wrapper, hook, parametrization or patched `forward`, nor where `can_use_functions` fails.
+    It does not for a subclass, wrapper, hook, parametrization or patched `forward`, nor without `can_use_functions`.
     """
     return (
         type(module) is cls
@@ -77,7 +77,7 @@ def _saved_statistics(x, norm, mean):
     """norm and mean as saved, or recomputed as functions of x where the backward pass is itself differentiated."""
     if not torch.is_grad_enabled():
         return norm, mean
-    # A norm of 0 has a derivative here, 0, which the square root has not.
+    # vector_norm has a derivative at 0, the square root has none.
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=norm.dtype)
     return norm, norm.mean(-1, keepdim=True) + 1e-6
 
@@ -190,7 +190,7 @@ def fused_grn_linear(x, grn, linear):
     """linear(grn(x)) of x (N, ..., C), where `can_fuse` allows it: see `_GRNLinear`."""
     gamma, beta = grn.gamma.flatten(), grn.beta.flatten()
     out, _, _ = _GRNLinear.apply(x.flatten(1, -2), gamma, beta, linear.weight, linear.bias)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class Stage(nn.Sequential):
@@ -215,6 +215,11 @@ def init_weights(module):
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def channels_last(x):
+    """(N, C, H, W) with channels last in memory; unlike `contiguous(memory_format=...)` for torch.vmap too."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def names_without_decay(model):

@@ -98,7 +98,7 @@ def remap_checkpoint_keys(state):
     space running fastest, becomes `weight` (out, in, kh, kw) or (C, 1, kh, kw); biases (1, C) become (C,); `.ln.` and
     `.linear.` go; GRN (1, 4C) becomes (1, 1, 1, 4C), as does timm's (4C,). timm's 1x1 convolutions become linear.
     """
-    from_timm = [(theirs, ours) for ours, theirs in TIMM_NAMES]
+    from_timm = [(timm_name, name) for name, timm_name in TIMM_NAMES]
     remapped = {}
     for name, value in state.items():
         name = rename(name.replace(".ln.", ".").replace(".linear.", "."), from_timm)
@@ -135,7 +135,7 @@ def find_weights(checkpoint, model_key="model|module", model_prefix=""):
         state = {name.split(".", 1)[1]: value for name, value in state.items()}
     state = {name.removeprefix(model_prefix): value for name, value in state.items() if name.startswith(model_prefix)}
     if not state:
-        raise ValueError(f"holds no weights whose names begin with {model_prefix!r}")
+        raise ValueError(f"holds no weight whose name begins with {model_prefix!r}")
     return remap_checkpoint_keys(state)
 
 

@@ -1,4 +1,4 @@
-"""Several processes train as one, go on exactly, and end together when one of them dies."""
+"""Several ranks train as one, resume exactly, and end together when one of them dies."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from conftest import SMALL, TINY, assert_same_weights, draw_images, free_port, l
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 10  # an epoch, of 16 images
+STEPS = 6  # an epoch, of 8 images
 FLAGS = f"--epochs 2 --warmup_epochs 1 --save_ckpt_steps {STEPS // 2} --print_freq 1".split()
 MIDDLE, LAST = f"checkpoint-0-{STEPS // 2}.pth", "checkpoint-1.pth"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -22,10 +22,10 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """Class folders in train/ and val/, of 160 and 7 images."""
+    """Class folders in train/ and val/, of 48 and 7 images."""
     folder = tmp_path_factory.mktemp("many")
     classes = [f"class{number}" for number in range(5)]
-    draw_images(folder / "train", 16 * STEPS, classes, (32, 32), seed=1)
+    draw_images(folder / "train", 8 * STEPS, classes, (32, 32), seed=1)
     draw_images(folder / "val", 7, classes, (32, 32), seed=2)
     return folder
 
@@ -39,7 +39,7 @@ def recipes(images):
     probes = f"--probe_freq 1 --probe_data_path {images} --probe_images_per_class 2 --watch probe_linear".split()
     finetune = [*TINY, *"--opt sgd --lr 0.05 --aa none --reprob 0 --head_init_scale 1".split()]
     return {
-        "main_pretrain": [*SMALL, "--data_path", str(images), "--picture_freq", "0", *probes, *FLAGS],
+        "main_pretrain": [*SMALL, "--data_path", str(images), *"--picture_freq 0 --blr 3e-3".split(), *probes, *FLAGS],
         "main_finetune": [*finetune, "--data_path", str(images), *FLAGS],
     }
 
@@ -91,21 +91,21 @@ def finish(process):
 
 
 class Runs:
-    """Whole runs of one script: of 2 processes x batch 8, of 1 x 16, and of 1 x 8 with 2 accumulated."""
+    """Whole runs of one script: of 2 ranks x batch 4, of 1 x 8, and of 1 x 4 with 2 accumulated."""
 
     def __init__(self, script, flags, folder):
         self.script, self.flags = script, flags
         self.two, self.one, self.accumulated = (folder / name for name in ("two", "one", "accumulated"))
         alone = [
-            start(script, *flags, "--batch_size", 16, "--output_dir", self.one, launcher=()),
-            start(script, *flags, "--batch_size", 8, "--update_freq", 2, "--output_dir", self.accumulated, launcher=()),
+            start(script, *flags, "--batch_size", 8, "--output_dir", self.one, launcher=()),
+            start(script, *flags, "--batch_size", 4, "--update_freq", 2, "--output_dir", self.accumulated, launcher=()),
         ]
         for process in [*alone, self.start_two_by_torchrun(self.two)]:
             finish(process)
 
     def start_two_by_torchrun(self, folder, *options):
         launcher = [*TORCHRUN, *options]
-        return start(self.script, *self.flags, "--batch_size", 8, "--output_dir", folder, launcher=launcher)
+        return start(self.script, *self.flags, "--batch_size", 4, "--output_dir", folder, launcher=launcher)
 
 
 @pytest.fixture(scope="session", params=["main_pretrain", "main_finetune"])
@@ -149,16 +149,16 @@ def test_two_ranks_and_accumulation_train_as_one(runs):
 def test_as_many_processes_go_on_bit_for_bit_whatever_starts_them(runs, tmp_path):
     folder = copy_middle(runs.two, tmp_path / "run")
     launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
-    flags = [*runs.flags, "--batch_size", 8, "--output_dir", folder]
+    flags = [*runs.flags, "--batch_size", 4, "--output_dir", folder]
     out = finish(start(runs.script, *flags, launcher=launcher))
-    assert f"resuming from {folder / MIDDLE}: epoch 0, step 5" in out and "2 ranks" in out
+    assert f"resuming from {folder / MIDDLE}: epoch 0, step {STEPS // 2}" in out and "2 ranks" in out
     assert_same(runs.two, folder)
 
 
 @pretraining
 def test_another_number_of_processes_goes_on_with_the_same_batches(runs, tmp_path):
     folder = copy_middle(runs.two, tmp_path / "from two to one")
-    finish(start(runs.script, *runs.flags, "--batch_size", 16, "--output_dir", folder, launcher=()))
+    finish(start(runs.script, *runs.flags, "--batch_size", 8, "--output_dir", folder, launcher=()))
     assert_close(runs.one, folder)
     folder = copy_middle(runs.one, tmp_path / "from one to two")
     finish(runs.start_two_by_torchrun(folder))
@@ -167,7 +167,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(runs, tmp_pat
 
 @pretraining
 def test_a_mistake_or_a_loss_that_is_not_finite_on_one_process_ends_all_with_one_line(runs, tmp_path):
-    flags = [*runs.flags, "--batch_size", 8, "--output_dir", tmp_path]
+    flags = [*runs.flags, "--batch_size", 4, "--output_dir", tmp_path]
     first, second = start_two(runs.script, *flags, second=["--data_path", "/nowhere"])
     (status, out), (other_status, other_out) = end(first), end(second)
     assert status == other_status == 2 and "Traceback" not in out + other_out and "error" not in other_out
@@ -175,7 +175,7 @@ def test_a_mistake_or_a_loss_that_is_not_finite_on_one_process_ends_all_with_one
     ends = [end(process) for process in start_two(runs.script, *flags, "--lr", 1e30, "--warmup_epochs", 0)]
     assert [status for status, _ in ends] == [1, 1]
     assert "in epoch 0, step" in ends[0][1] and "error" not in ends[1][1]
-    assert len(set((tmp_path / "nonfinite_batch.txt").read_text().splitlines())) == 16  # of both
+    assert len(set((tmp_path / "nonfinite_batch.txt").read_text().splitlines())) == 8  # of both
 
 
 def test_only_the_last_accumulation_step_averages_gradients(images, pretrain, monkeypatch, tmp_path):
@@ -184,16 +184,16 @@ def test_only_the_last_accumulation_step_averages_gradients(images, pretrain, mo
     monkeypatch.setattr(DistributedDataParallel, "no_sync", lambda model: calls.append(1) or no_sync(model))
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
-    flags = [*SMALL, "--data_path", images, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 4, "--update_freq", 4]
+    flags = [*SMALL, "--data_path", images, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 2, "--update_freq", 4]
     assert pretrain(*flags).status == 0
     assert len(calls) == 3 * STEPS
 
 
 @pretraining
 def test_a_signal_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
-    flags = [*runs.flags, "--batch_size", 8, "--output_dir", tmp_path, "--save_ckpt_steps", 0]
+    flags = [*runs.flags, "--batch_size", 4, "--output_dir", tmp_path, "--save_ckpt_steps", 0]
     processes = start_two(runs.script, *flags)
-    wait_for(processes[0], "epoch 0/2  step  3/")
+    wait_for(processes[0], "epoch 0/2  step 3/")
     processes[1].send_signal(signal.SIGUSR2)
     processes[1].send_signal(signal.SIGTERM)
     ends = [end(process) for process in processes]
@@ -207,7 +207,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
 @pretraining
 def test_after_a_kill_torchrun_restarts_from_the_newest_checkpoint(runs, tmp_path):
     torchrun = runs.start_two_by_torchrun(tmp_path, "--max-restarts=1")
-    wait_for(torchrun, "epoch 1/2  step  2/")
+    wait_for(torchrun, "epoch 1/2  step 2/")
     os.kill(process_of_rank(1, torchrun.pid), signal.SIGKILL)
     assert "resuming from" in finish(torchrun)
     assert_same(runs.two, tmp_path)
@@ -216,9 +216,9 @@ def test_after_a_kill_torchrun_restarts_from_the_newest_checkpoint(runs, tmp_pat
 @pretraining
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])
 def test_when_one_process_goes_the_other_ends_too(runs, tmp_path, how):
-    flags = [*runs.flags, "--batch_size", 8, "--output_dir", tmp_path, "--dist_timeout", 10]
+    flags = [*runs.flags, "--batch_size", 4, "--output_dir", tmp_path, "--dist_timeout", 10]
     processes = start_two(runs.script, *flags)
-    wait_for(processes[0], "epoch 0/2  step  3/")
+    wait_for(processes[0], "epoch 0/2  step 3/")
     processes[1].send_signal(how)
     begin = time.monotonic()
     status, out = end(processes[0], seconds=60)

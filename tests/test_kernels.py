@@ -21,11 +21,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from models import utils
+from models import depthwise
 from models.convnextv2 import Block
-from models.convnextv2_sparse import SparseBlock, active_sites, patch_slots, sparse_depthwise_conv
+from models.convnextv2_sparse import SparseBlock
+from models.depthwise import depthwise_conv, sparse_depthwise_conv, triton_works, use_triton
 from models.fcmae import FCMAE
-from models.utils import depthwise_conv, use_triton
+from models.sites import active_sites, patch_slots
 
 triton = pytest.importorskip("triton")
 from models import kernels  # noqa: E402, imports Triton
@@ -43,11 +44,12 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-10, t
 
 @pytest.fixture(autouse=True)
 def switch_and_blocks(monkeypatch):
-    """The switch is off after each test. The interpreter takes larger blocks: it spends its time on their number."""
+    """The switch is off before each test, automatic after it. Larger blocks are fewer: the interpreter is faster."""
     if INTERPRETED:
         monkeypatch.setattr(kernels, "BLOCK", 2048)
-    yield
     use_triton(False)
+    yield
+    use_triton(None)
 
 
 @on_the_host
@@ -99,6 +101,22 @@ def assert_close(results, expected, tolerance):
     assert max(gaps) <= tolerance, gaps
 
 
+def as_module(weight, bias):
+    """The convolution of a block with these weights."""
+    conv = torch.nn.Conv2d(len(weight), len(weight), 7, padding=3, groups=len(weight), device="meta")
+    conv.register_parameter("weight", None), conv.register_parameter("bias", None)
+    conv._parameters.update(weight=weight, bias=bias)
+    return conv
+
+
+def dense(x, weight, bias):
+    return depthwise_conv(x, as_module(weight, bias))
+
+
+def packed(x, weight, bias, sites):
+    return sparse_depthwise_conv(x, as_module(weight, bias), sites)
+
+
 def random_inputs(*shape, dtype=torch.float64):
     """x of that shape, channels first or last by its length, with weight and bias; values of the type."""
     channels = shape[1] if len(shape) == 4 else shape[2]
@@ -117,7 +135,7 @@ def check_packed(n, grid, num_visible, k, channels, dtype=torch.float64):
     visible = random_visible(n, grid, num_visible)
     sites = active_sites(visible, grid, k)
     inputs = random_inputs(n, num_visible * k * k, channels, dtype=dtype)
-    results = outputs_and_grads(lambda *inputs: sparse_depthwise_conv(*inputs, sites), *inputs)
+    results = outputs_and_grads(lambda *inputs: packed(*inputs, sites), *inputs)
     assert [result.dtype for result in results] == [dtype] * 4
     inputs = [x.double() for x in inputs]
     assert_close(results, outputs_and_grads(lambda *x: reference(*x, visible, grid, k), *inputs), TOLERANCE[dtype])
@@ -126,7 +144,7 @@ def check_packed(n, grid, num_visible, k, channels, dtype=torch.float64):
 def check_dense(*shape, dtype=torch.float64):
     use_triton(True)
     x, weight, bias = random_inputs(*shape, dtype=dtype)
-    results = outputs_and_grads(depthwise_conv, x.contiguous(memory_format=torch.channels_last), weight, bias)
+    results = outputs_and_grads(dense, x.contiguous(memory_format=torch.channels_last), weight, bias)
     assert [result.dtype for result in results] == [dtype] * 4
     assert_close(
         results, outputs_and_grads(dense_reference, *(x.double() for x in (x, weight, bias))), TOLERANCE[dtype]
@@ -191,7 +209,7 @@ def test_sums_are_not_of_float16():
     x = torch.full((1, 1, 8, 8), 200.0, device=DEVICE, dtype=torch.float16)
     weight = torch.tensor([-16.0] * 28 + [16.0] * 21).view(1, 1, 7, 7).to(x)  # up to -89600, then back to -22400
     expected = dense_reference(x.double(), weight.double(), x.new_zeros(1).double())
-    assert torch.equal(depthwise_conv(x, weight, x.new_zeros(1)), expected.half())
+    assert torch.equal(dense(x, weight, x.new_zeros(1)), expected.half())
 
 
 @needs_kernels
@@ -199,7 +217,7 @@ def test_results_are_the_same_bits_each_time():
     use_triton(True)
     sites = active_sites(random_visible(4, (3, 3), 5), (3, 3), 2)
     inputs = random_inputs(4, 20, 40, dtype=torch.float32)
-    first, second = (outputs_and_grads(lambda *x: sparse_depthwise_conv(*x, sites), *inputs) for _ in range(2))
+    first, second = (outputs_and_grads(lambda *x: packed(*x, sites), *inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -208,7 +226,7 @@ def test_autocast_sets_the_type_of_the_result_and_leaves_the_weight_gradient_flo
     use_triton(True)
     x, weight, bias = (x.requires_grad_() for x in random_inputs(2, 8, 5, 5, dtype=torch.float32))
     with torch.autocast(DEVICE, torch.bfloat16):
-        y = depthwise_conv(x, weight, bias)
+        y = dense(x, weight, bias)
     grads = torch.autograd.grad(y.float().square().sum(), (x, weight, bias))
     assert y.dtype == torch.bfloat16 and {grad.dtype for grad in grads} == {torch.float32}
     expected = dense_reference(x, weight, bias)
@@ -262,23 +280,77 @@ def test_kernel_equals_the_reference_beside_it(packed):
         assert_close(results, expected, 1e-14)
 
 
+class Failing:
+    """A kernel that raises."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, grid):
+        raise self.error
+
+
+@pytest.fixture
+def nothing_tried():
+    """As at the start of a process: nothing is known of any device."""
+    caches = depthwise.triton_works, depthwise._try_and_warn
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 @needs_kernels
-@PACKED
-def test_the_reference_stands_in_for_a_kernel_that_fails(packed, monkeypatch):
-    (operator, inputs), _ = operators(packed)
-    expected = operator(*inputs)
+def test_kernels_run_by_default_where_they_work(nothing_tried, monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, "depthwise_conv", lambda *inputs: calls.append(1) or dense_reference(*inputs))
+    use_triton(None)
+    assert triton_works(DEVICE) is None
+    dense(*random_inputs(2, 8, 4, 4))
+    assert calls
 
-    class Failing:
+
+@needs_kernels
+def test_kernels_that_fail_are_given_up_once_for_the_process(nothing_tried, monkeypatch):
+    use_triton(None)
+    monkeypatch.setattr(kernels, "_weight_grad_kernel", Failing(RuntimeError("no such GPU")))
+    inputs = random_inputs(2, 8, 4, 4)
+    with pytest.warns(UserWarning, match="run in PyTorch, not in Triton kernels: RuntimeError: no such GPU") as warned:
+        results = outputs_and_grads(dense, *inputs)
+        outputs_and_grads(dense, *inputs)
+    assert len(warned) == 1
+    assert_close(results, outputs_and_grads(dense_reference, *inputs), 1e-14)
+    assert "no such GPU" in triton_works(torch.device(DEVICE))
+
+
+@needs_kernels
+def test_a_full_memory_is_no_reason_to_give_kernels_up(nothing_tried, monkeypatch):
+    monkeypatch.setattr(kernels, "_conv_kernel", Failing(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        triton_works(DEVICE)
+
+
+@needs_kernels
+def test_wrong_results_are_a_reason_to_give_kernels_up(nothing_tried, monkeypatch):
+    class Nothing:
         def __getitem__(self, grid):
-            raise RuntimeError("no such GPU")
+            return lambda *inputs, **sizes: inputs[3].zero_()
 
-    monkeypatch.setattr(kernels, "_conv_kernel", Failing())
-    with pytest.warns(UserWarning, match="Triton kernel failed.*no such GPU"):
-        assert_close([operator(*inputs)], [expected], 1e-14)
+    monkeypatch.setattr(kernels, "_conv_kernel", Nothing())
+    assert "wrong results" in triton_works(DEVICE)
+
+
+@needs_kernels
+def test_a_kernel_that_fails_later_fails_loudly(monkeypatch):
+    use_triton(True)
+    monkeypatch.setattr(kernels, "_conv_kernel", Failing(RuntimeError("no such GPU")))
+    with pytest.raises(RuntimeError, match="no such GPU"):
+        dense(*random_inputs(2, 8, 4, 4))
 
 
 def test_second_derivatives_are_those_of_pytorch():
-    """A product with the Hessian, as AdaHessian takes it."""
+    """A product with the Hessian."""
     visible = random_visible(2, (2, 2), 3)
     sites = active_sites(visible, (2, 2), 1)
     inputs = random_inputs(2, 3, 4)
@@ -290,7 +362,7 @@ def test_second_derivatives_are_those_of_pytorch():
         return torch.autograd.grad(grads, copies, direction)
 
     use_triton(True)
-    results = hessian_times_direction(lambda *x: sparse_depthwise_conv(*x, sites))
+    results = hessian_times_direction(lambda *x: packed(*x, sites))
     assert_close(results, hessian_times_direction(lambda *x: reference(*x, visible, (2, 2), 1)), 1e-13)
 
 
@@ -315,7 +387,7 @@ def test_compiled_pretraining_step_keeps_the_kernels_and_is_that_of_plain_pytorc
         operators.update(str(node.target) for node in graph.graph.nodes)
         return make_boxed_func(graph)
 
-    use_triton(True)
+    use_triton(None)  # decided while tracing
     # The backend "aot_eager", but that it shows its graphs, forward and backward
     compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
     assert_close(fcmae_step(compiled), plain, 1e-5)
@@ -344,17 +416,18 @@ def test_block_is_that_of_plain_pytorch(block):
 
 
 @on_the_host
-def test_kernels_are_for_cuda_where_the_switch_is_on_and_triton_is_there(monkeypatch):
+def test_kernels_are_for_7x7_on_cuda(nothing_tried, monkeypatch):
     with FakeTensorMode():
         cpu, cuda = (torch.empty(1, 8, 4, 4, device=device) for device in ("cpu", "cuda"))
     weight = torch.empty(8, 1, 7, 7)
-    assert not utils.runs_in_triton(cuda, weight)
+    assert not depthwise.runs_in_triton(cuda, weight)
     use_triton(True)
-    assert utils.runs_in_triton(cuda, weight)
-    assert not utils.runs_in_triton(cuda, weight[..., :5, :5]) and not utils.runs_in_triton(cpu, weight)
+    assert depthwise.runs_in_triton(cuda, weight)
+    assert not depthwise.runs_in_triton(cuda, weight[..., :5, :5]) and not depthwise.runs_in_triton(cpu, weight)
+    use_triton(None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    use_triton(True)
-    assert not utils.runs_in_triton(cuda, weight)
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert not depthwise.runs_in_triton(cuda, weight)
 
 
 @on_the_host
@@ -371,8 +444,8 @@ def test_models_do_without_triton():
         import sys
         sys.modules["triton"] = None  # its import fails
         import torch
-        from models import utils, convnextv2, fcmae
-        utils.use_triton(True)
+        from models import depthwise, fcmae
+        depthwise.use_triton(True)
         fcmae.FCMAE(32, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))(torch.zeros(1, 3, 64, 64))
         assert "models.kernels" not in sys.modules
     """

@@ -1,4 +1,4 @@
-"""What the models promise: the original's numbers, nothing of a removed patch seen, one set of weights for all.
+"""What the models promise: the original's numbers, no information from masked patches, one set of weights for all.
 
 The references are independent: files written by the original code, MinkowskiEngine, a dense masked network, timm,
 PyTorch's own derivatives, numpy. Parameters are random throughout, so that no term hides behind a zero.
@@ -16,15 +16,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import gap, randomise
-from models.checkpoints import remap_checkpoint_keys
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 
-from models import convnextv2, convnextv2_sparse, fcmae
+from models import convnextv2, fcmae, utils
 from models.convnextv2 import SIZES, ConvNeXtV2
-from models.convnextv2_sparse import SparseConvNeXtV2, count_visible, pack, unpack
+from models.convnextv2_sparse import SparseConvNeXtV2, count_visible
+from models.cost import cost
+from models.depthwise import depthwise_conv
 from models.fcmae import FCMAE
-from models.utils import GRN, _grn, cost, depthwise_conv, grn_linear
+from models.utils import GRN, can_fuse, fused_grn_linear
+from models.weights import remap_checkpoint_keys
 from tools.dense_masked import DenseMasked
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
@@ -132,7 +134,7 @@ def test_packed_equals_a_dense_network_that_masks_every_activation(size, grid, i
     assert_close(packed, run(model, *batch), 1e-12)
 
 
-def test_packed_with_nothing_removed_equals_the_dense_classifier_on_the_same_state_dict():
+def test_packed_with_nothing_masked_equals_the_dense_classifier_on_the_same_state_dict():
     dense, encoder = (randomise(model(**TINY)).double() for model in (ConvNeXtV2, SparseConvNeXtV2))
     missing, unexpected = dense.load_state_dict(encoder.state_dict(), strict=False)
     assert set(missing) == {"norm.weight", "norm.bias", "head.weight", "head.bias"} and not unexpected
@@ -142,12 +144,12 @@ def test_packed_with_nothing_removed_equals_the_dense_classifier_on_the_same_sta
 
 
 @pytest.mark.parametrize("fill", [100.0, torch.nan])
-def test_latent_does_not_depend_on_one_bit_of_removed_pixels(fill):
+def test_latent_does_not_depend_on_one_bit_of_masked_pixels(fill):
     model = make_fcmae((3, 4))
     imgs, noise = make_batch(model)
     latent, mask = model.forward_encoder(imgs, 0.6, noise)
-    removed = mask.view(2, 1, 3, 4).repeat_interleave(32, 2).repeat_interleave(32, 3).bool()
-    assert torch.equal(model.encoder(imgs.masked_fill(removed, fill), mask), latent)
+    masked = mask.view(2, 1, 3, 4).repeat_interleave(32, 2).repeat_interleave(32, 3).bool()
+    assert torch.equal(model.encoder(imgs.masked_fill(masked, fill), mask), latent)
 
 
 def test_latent_does_not_depend_on_the_other_images_of_the_batch():
@@ -158,7 +160,7 @@ def test_latent_does_not_depend_on_the_other_images_of_the_batch():
         assert gap(latent[i : i + 1], model.encoder(imgs[i : i + 1], mask[i : i + 1])) <= 1e-12
 
 
-def test_latent_is_one_site_a_patch_and_zero_exactly_where_removed():
+def test_latent_is_one_site_a_patch_and_zero_exactly_where_masked():
     model = make_fcmae((3, 4))
     imgs, noise = make_batch(model)
     latent, mask = model.forward_encoder(imgs, 0.6, noise)
@@ -166,11 +168,18 @@ def test_latent_is_one_site_a_patch_and_zero_exactly_where_removed():
     assert torch.equal((latent == 0).flatten(2), mask[:, None].bool().expand(-1, 32, -1))
 
 
-def test_num_visible_is_only_a_hint():
+def test_numbers_of_visible_patches_are_only_a_hint():
     model = make_fcmae()
     imgs, noise = make_batch(model)
     mask = model.gen_random_mask(imgs, 0.6, noise)
-    assert torch.equal(model.encoder(imgs, mask), model.encoder(imgs, mask, num_visible=6))
+    visible = (mask == 0).nonzero()[:, 1].view(2, 6)
+    assert torch.equal(model.encoder(imgs, mask), model.encoder(imgs, mask, visible=visible))
+
+
+def test_encode_all_masks_nothing():
+    model = make_fcmae((2, 3))
+    imgs, _ = make_batch(model)
+    assert torch.equal(model.encode_all(imgs), model.encoder(imgs, torch.zeros(2, 6)))
 
 
 # ---- Layers
@@ -204,8 +213,9 @@ def grn_inputs(shape, dtype=torch.float64):
 
 
 @GRN_SHAPES
-def test_grn_has_the_derivative_of_finite_differences(shape):
-    assert torch.autograd.gradcheck(grn, [x.requires_grad_() for x in grn_inputs(shape)])
+def test_grn_has_the_derivatives_of_finite_differences(shape):
+    inputs = [x.requires_grad_() for x in grn_inputs(shape)]
+    assert torch.autograd.gradcheck(grn, inputs) and torch.autograd.gradgradcheck(grn, inputs, fast_mode=True)
 
 
 @GRN_SHAPES
@@ -220,43 +230,48 @@ def grn_linear_inputs(dtype=torch.float64):
     return [torch.randn(shape, dtype=dtype) for shape in ((2, 6, 5, 4), (4,), (4,), (3, 4), (3,))]
 
 
-def folded(x, gamma, beta, weight, bias):
-    """`grn_linear` as a function of its parameters too."""
-    grn, linear = GRN(4).double(), torch.nn.Linear(4, 3).double()
-    parameters = {
-        "0.gamma": gamma.view(1, 1, 1, -1),
-        "0.beta": beta.view(1, 1, 1, -1),
-        "1.weight": weight,
-        "1.bias": bias,
-    }
+class GRNLinear(torch.nn.Module):
+    """GRN and a linear layer, fused."""
 
-    class Pair(torch.nn.ModuleList):
-        def forward(self, x):
-            return grn_linear(x, *self)
+    def __init__(self):
+        super().__init__()
+        self.grn, self.linear = GRN(4).double(), torch.nn.Linear(4, 3).double()
 
-    return torch.func.functional_call(Pair([grn, linear]), parameters, x)
+    def forward(self, x):
+        assert can_fuse(x, self.grn, self.linear)
+        return fused_grn_linear(x, self.grn, self.linear)
 
 
-def test_a_folded_grn_has_the_value_and_derivatives_of_algorithm_1():
+def fused(x, gamma, beta, weight, bias):
+    """`fused_grn_linear` as a function of its parameters too."""
+    parameters = {"grn.gamma": gamma.view(1, 1, 1, -1), "grn.beta": beta.view(1, 1, 1, -1)}
+    return torch.func.functional_call(GRNLinear(), parameters | {"linear.weight": weight, "linear.bias": bias}, x)
+
+
+def test_a_fused_grn_has_the_value_and_derivatives_of_algorithm_1():
     inputs = grn_linear_inputs()
     inputs[0][0, ..., 1] = 0  # a dead channel
 
     def plain(x, gamma, beta, weight, bias):
         return F.linear(grn_by_norm(x, gamma, beta), weight, bias)
 
-    assert_close(outputs_and_grads(folded, *inputs), outputs_and_grads(plain, *inputs), 1e-12)
+    assert_close(outputs_and_grads(fused, *inputs), outputs_and_grads(plain, *inputs), 1e-12)
     inputs = [x.requires_grad_() for x in grn_linear_inputs()]
-    assert torch.autograd.gradcheck(folded, inputs) and torch.autograd.gradgradcheck(folded, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(fused, inputs) and torch.autograd.gradgradcheck(fused, inputs, fast_mode=True)
 
 
-def test_grn_is_folded_only_where_that_saves_passes():
+def test_a_zero_channel_has_finite_second_derivatives():
+    inputs = grn_linear_inputs()
+    inputs[0][0, ..., 1] = 0
+    inputs = [x.requires_grad_() for x in inputs]
+    grads = torch.autograd.grad(fused(*inputs).square().sum(), inputs, create_graph=True)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
+
+
+def test_grn_is_fused_only_where_that_saves_passes():
     """Not where an image has fewer sites than 8 times the outputs: its own weight would be as large as its features."""
-    calls = []
-    grn = GRN(8)
-    grn.register_forward_hook(lambda *_: calls.append(1))
-    for sites, count in ((31, 1), (32, 1)):
-        grn_linear(torch.randn(2, sites, 8), grn, torch.nn.Linear(8, 4))
-        assert len(calls) == count
+    grn, linear = GRN(8), torch.nn.Linear(8, 4)
+    assert [can_fuse(torch.randn(2, sites, 8), grn, linear) for sites in (31, 32)] == [False, True]
 
 
 def test_grn_of_large_float16_does_not_overflow():
@@ -274,7 +289,15 @@ def test_depthwise_conv_and_its_gradients_are_those_of_torch(order, size):
     to_memory = ["NCHW".index(axis) for axis in order]
     x = x.permute(to_memory).contiguous().permute([order.index(axis) for axis in "NCHW"])
     weight, bias = torch.randn(4, 1, 7, 7, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    ours = outputs_and_grads(depthwise_conv, x, weight, bias)
+    conv = torch.nn.Conv2d(4, 4, 7, padding=3, groups=4)
+
+    def ours(x, weight, bias):
+        conv.weight, conv.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+        y = depthwise_conv(x, conv)
+        projection = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        return y, *torch.autograd.grad(y, (x, conv.weight, conv.bias), projection)
+
+    ours = dict(enumerate(ours(x.requires_grad_(), weight, bias)))
     assert_close(ours, outputs_and_grads(functools.partial(F.conv2d, padding=3, groups=4), x, weight, bias), 1e-12)
 
 
@@ -321,13 +344,13 @@ def test_mask_keeps_the_patches_of_the_lowest_noise(grid, mask_ratio, keep):
 
 
 @pytest.mark.parametrize("mask_ratio", [0, 1, 0.95, 1.5, -0.5])
-def test_mask_that_removes_none_or_all_is_refused(mask_ratio):
+def test_mask_of_no_or_all_patches_is_refused(mask_ratio):
     model = make_fcmae()
     with pytest.raises(ValueError, match=f"mask_ratio {mask_ratio} leaves"):
         model(make_batch(model)[0], mask_ratio=mask_ratio)
 
 
-@pytest.mark.parametrize("rows", [[[0, 1, 1], [0, 0, 1]], [[1, 1, 1], [1, 1, 1]]], ids=["uneven", "all removed"])
+@pytest.mark.parametrize("rows", [[[0, 1, 1], [0, 0, 1]], [[1, 1, 1], [1, 1, 1]]], ids=["uneven", "all masked"])
 def test_mask_must_leave_as_many_patches_in_every_image(rows):
     with pytest.raises(ValueError, match="must be one number"):
         count_visible(torch.tensor(rows))
@@ -354,12 +377,12 @@ def test_patchify_is_rows_of_pixels_with_channels_last_and_unpatchify_its_invers
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_loss_is_the_mean_squared_error_of_removed_patches(norm_pix_loss):
+def test_loss_is_the_mean_squared_error_of_masked_patches(norm_pix_loss):
     model = make_fcmae((2, 3), patch_size=8, norm_pix_loss=norm_pix_loss).double()
     imgs, noise = make_batch(model, dtype=torch.float64)
     imgs = 3 * imgs + 1
-    imgs[0, :, :8, :8] = 1 / 3  # a patch of one colour: only the epsilon divides
-    noise[0, 0] = 2  # ... that is removed
+    imgs[0, :, :8, :8] = 1 / 3  # a patch of one color: only the epsilon divides
+    noise[0, 0] = 2  # ... that is masked
     mask, pred = model.gen_random_mask(imgs, 0.6, noise), torch.randn(2, 192, 2, 3, dtype=torch.float64)
     errors = []
     for i, patch in mask.nonzero().tolist():
@@ -374,18 +397,18 @@ def test_loss_is_the_mean_squared_error_of_removed_patches(norm_pix_loss):
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_reconstruction_is_the_prediction_where_removed_and_the_image_elsewhere(norm_pix_loss):
+def test_reconstruction_is_the_prediction_where_masked_and_the_image_elsewhere(norm_pix_loss):
     model = make_fcmae((2, 3), patch_size=8, norm_pix_loss=norm_pix_loss)
     imgs, noise = make_batch(model)
     mask = model.gen_random_mask(imgs, 0.6, noise)
-    removed = mask.view(2, 1, 2, 3).repeat_interleave(8, 2).repeat_interleave(8, 3).bool().expand_as(imgs)
+    masked = mask.view(2, 1, 2, 3).repeat_interleave(8, 2).repeat_interleave(8, 3).bool().expand_as(imgs)
 
     as_maps = functools.partial(torch.unflatten, dim=2, sizes=(2, 3))  # (N, P, L) -> (N, P, h, w)
     pred = torch.randn(2, 6, 192)
     result = model.reconstruct(imgs, as_maps(pred.mT), mask)
-    assert torch.equal(result[~removed], imgs[~removed])
+    assert torch.equal(result[~masked], imgs[~masked])
     if not norm_pix_loss:
-        assert torch.equal(result[removed], model.unpatchify(pred)[removed])
+        assert torch.equal(result[masked], model.unpatchify(pred)[masked])
 
     patches = np.stack([patch_of(imgs.numpy(), i, r, c, 8) for i in range(2) for r in range(2) for c in range(3)])
     if norm_pix_loss:
@@ -467,10 +490,10 @@ def test_images_of_part_of_a_patch_are_refused():
 )
 def test_costs_are_those_of_the_papers_table(size, parameters, flops):
     """Parameters to the digits that it prints, FLOPs to 1 %."""
-    told = cost(convnextv2.__dict__[size], (1, 3, 224, 224))
+    counted = cost(convnextv2.__dict__[size], (1, 3, 224, 224))
     digits = len(parameters.partition(".")[2])
-    assert f"{told.parameters / 1e6:.{digits}f}" == parameters
-    assert told.multiply_adds / 1e9 == pytest.approx(flops, rel=0.01)
+    assert f"{counted.parameters / 1e6:.{digits}f}" == parameters
+    assert counted.multiply_adds / 1e9 == pytest.approx(flops, rel=0.01)
 
 
 def test_cost_of_a_convolution_and_an_activation():
@@ -488,19 +511,19 @@ def test_masking_saves_most_of_the_multiply_adds():
     assert 19 / 49 < masked.multiply_adds / whole.multiply_adds < 0.45 and masked.activations < 0.52 * whole.activations
 
 
-def test_the_loss_over_200_steps_is_that_of_the_plain_operations(monkeypatch):
+def test_the_loss_over_200_steps_is_that_of_modules_and_plain_operations(monkeypatch):
     """On the digits. Roundings grow: a tenth of a per cent of the loss after 200 steps, nothing after 20."""
     digits = torch.from_numpy(load_digits().images[:256]).float()[:, None] / 8 - 1
     imgs = F.interpolate(digits, scale_factor=4, mode="bilinear")  # 32 x 32: a grid of 4 x 4 patches
 
     def train():
         torch.manual_seed(0)
-        model = FCMAE(32, 1, TINY["depths"], TINY["dims"], decoder_embed_dim=16, patch_size=8, norm_pix_loss=True)
+        model = FCMAE(32, 1, decoder_embed_dim=16, patch_size=8, norm_pix_loss=True, **TINY)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), fused=not plain)
         losses = []
         for step in range(200):
             batch = imgs.roll(-32 * step, dims=0)[:32]
-            loss = model(batch, mask_ratio=0.6, loss_only=not plain)[0]
+            loss = model(batch, mask_ratio=0.6, masked_only=not plain)[0]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -510,14 +533,7 @@ def test_the_loss_over_200_steps_is_that_of_the_plain_operations(monkeypatch):
     plain = False
     fast = train()
     plain = True
-    monkeypatch.setattr(
-        convnextv2, "grn_linear", lambda x, grn, linear: linear(_grn(x, grn.gamma.flatten(), grn.beta.flatten()))
-    )
-    monkeypatch.setattr(
-        convnextv2_sparse,
-        "sparse_depthwise_conv",
-        lambda x, weight, bias, sites: pack(F.conv2d(unpack(x, sites), weight, bias, 1, 3, 1, len(weight)), sites),
-    )
+    monkeypatch.setattr(utils, "can_use_functions", lambda *_: False)  # all fast paths are off
     slow = train()
     assert slow[-20:].mean() < 0.8 * slow[:20].mean()  # it learns
     np.testing.assert_allclose(fast[:20], slow[:20], rtol=1e-5)
@@ -541,18 +557,35 @@ def test_checkpointed_activations_give_the_same_gradients_bit_for_bit(build, mon
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_the_loss_of_removed_patches_alone_is_the_loss_of_all(norm_pix_loss):
-    """And so are all gradients."""
+def test_predicting_masked_patches_only_changes_neither_loss_nor_gradients(norm_pix_loss):
     model = make_fcmae(grid=(3, 4), norm_pix_loss=norm_pix_loss).double()
     imgs, noise = make_batch(model, n=3, dtype=torch.float64)
-    grads = []
-    for loss_only in (False, True):
-        loss, pred, _ = model(imgs, mask_ratio=0.5, noise=noise, loss_only=loss_only)
-        assert (pred is None) == loss_only
-        grads.append(torch.autograd.grad(loss, list(model.parameters())))
-        grads[-1] += (loss.detach(),)
-    for one, other in zip(*grads, strict=True):
-        assert gap(one, other) < 1e-12
+    results = []
+    for masked_only in (False, True):
+        loss, pred, mask = model(imgs, mask_ratio=0.5, noise=noise, masked_only=masked_only)
+        if masked_only:
+            assert gap(model.forward_loss(imgs, pred, mask), loss) == 0
+        else:
+            pred = pred.flatten(2).mT[mask.bool()].view(3, 6, -1)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        results.append(dict(enumerate((loss, pred, *grads))))
+    assert_close(*results, 1e-12)
+
+
+def test_compiled_model_accepts_other_numbers_of_visible_patches():
+    model = make_fcmae((3, 4), patch_size=8, norm_pix_loss=True, depths=(1, 1, 1, 1))
+    imgs, noise = make_batch(model)
+
+    def step(model, **kwargs):
+        loss = model(imgs, noise=noise, masked_only=True, **kwargs)[0]
+        return dict(enumerate((loss, *torch.autograd.grad(loss, list(model.parameters())))))
+
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for num_visible in (3, 4, 5, 7):  # a graph for one number, and at the second number one for all
+        with torch.compiler.set_stance("fail_on_recompile" if num_visible > 4 else "default"):
+            assert_close(step(compiled, num_visible=num_visible), step(model, num_visible=num_visible), 1e-5)
+    for mask_ratio in (0.3, 0.6):  # a graph for each
+        assert_close(step(compiled, mask_ratio=mask_ratio), step(model, mask_ratio=mask_ratio), 1e-5)
 
 
 @pytest.mark.parametrize("grid, window", [((3, 4), (2, 3)), ((2, 2), (2, 2)), ((2, 3), (4, 2))])

@@ -22,7 +22,6 @@ from timm.models.convnext import checkpoint_filter_fn
 
 import datasets
 import evaluation
-from flags import FlagParser
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from tools import benchmark, common, contestants, loaders

@@ -33,40 +33,35 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 
-import flags
-
-import utils  # isort: skip  (before torch: sets how threads wait)
 import torch
 
-from flags import at_least
+import flags
+from flags import Switch, at_least
 from models.convnextv2 import SIZES
+from tools import contestants
+from tools.contestants import PATCH
 from utils import UserError
 
 WARM_UP = 2  # rounds
-PATCH = 32  # pixels
 # Default batch size on the CPU, 4 for the other sizes; 32 times that on a GPU
 BATCH_SIZE = dict.fromkeys(["atto", "femto", "pico", "nano"], 8) | {"base": 2, "large": 1, "huge": 1}
 
-
-# ---------------------------------------------------------------- time
+# ---------------------------------------------------------------- time and memory of a step
 
 
 def time_ms(step, device):
-    """Milliseconds that one step takes."""
-    if device == "cpu":
-        start = time.perf_counter()
-        step()
-        return round(1e3 * (time.perf_counter() - start), 3)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+    """Milliseconds that one step takes, on a GPU until its kernels are done."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
     step()
-    end.record()
-    end.synchronize()
-    return round(start.elapsed_time(end), 3)
+    wait()
+    return round(1e3 * (time.perf_counter() - start), 3)
 
 
 def attempt(row, function, *arguments):
@@ -75,43 +70,11 @@ def attempt(row, function, *arguments):
         return function(*arguments)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        return None
-
-
-def time_rounds(rows, steps, args):
-    """Time a step of each contestant, round by round, into its row. One that fails is dropped from steps."""
-    from models.depthwise import use_triton
-
-    for i in range(WARM_UP + args.rounds):
-        for name in list(steps):
-            use_triton("triton" in name)
-            ms = attempt(rows[name], time_ms, steps[name], args.device)
-            if "error" in rows[name]:
-                del steps[name]  # and with it its memory
-            elif i >= WARM_UP:
-                rows[name]["times_ms"].append(ms)
-
-
-def add_figures(rows, steps, batch_size):
-    """Median and images/s of each contestant that did not fail."""
-    for name in steps:
-        median = statistics.median(rows[name]["times_ms"])
-        rows[name] |= dict(median_ms=round(median, 2), images_per_s=round(1e3 * batch_size / median, 1))
-
-
-def median_ratio(row, other):
-    """Time of a row divided by that of another in the same round, median over rounds."""
-    return round(statistics.median(a / b for a, b in zip(row["times_ms"], other["times_ms"], strict=True)), 2)
-
-
-# ---------------------------------------------------------------- memory
 
 
 def measure_peak(model, contestant, batch_size, args):
     """Peak memory of a step in MiB, see the top of this file, for a fresh process. None where it cannot be read."""
-    from tools.contestants import make_step
-
-    step = make_step(model, contestant, batch_size, args)
+    step = contestants.make_step(model, contestant, batch_size, args)
     for _ in range(WARM_UP):
         step()
     if args.device == "cuda":
@@ -133,68 +96,76 @@ def read_status(field):
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def send_peak(connection, *arguments):
-    """`measure_peak` for the process at the other end of the connection."""
-    row = {}
-    row["peak_mib"] = attempt(row, measure_peak, *arguments)
-    connection.send(row)
+def make_row(model, contestant, batch_size, args):
+    """The row of a contestant so far, with its peak memory: for a fresh process."""
+    row = dict(contestant=contestant, times_ms=[])
+    row["peak_mib"] = attempt(row, measure_peak, model, contestant, batch_size, args)
+    return row
 
 
-def measure_peak_in_fresh_process(*arguments):
-    """`measure_peak` as a part of a row: peak_mib, and error if it failed."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_peak, args=(sender, *arguments), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()  # for its exit code
-        return dict(peak_mib=None, error=f"its process died with exit code {process.exitcode} (-9: out of memory?)")
-    finally:
-        process.join()
+def make_row_in_fresh_process(model, contestant, batch_size, args):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(make_row, model, contestant, batch_size, args).result()
+        except BrokenProcessPool:
+            return dict(contestant=contestant, times_ms=[], error="its process died: out of memory?")
 
 
 # ---------------------------------------------------------------- comparisons
 
 
-def compare_steps(model, contestants, batch_size, args):
-    """Measure the contestants on one model: a dict with a row for each."""
-    from tools.contestants import make_step
-
-    torch.compiler.reset()
-    rows = {name: dict(contestant=name, times_ms=[]) for name in contestants}
-    steps = {}
-    for name, row in rows.items():  # before anything of this process is on the device
-        row |= measure_peak_in_fresh_process(model, name, batch_size, args)
-    for name, row in rows.items():
-        step = None if "error" in row else attempt(row, make_step, model, name, batch_size, args)
-        if step is not None:
-            steps[name] = step
-    time_rounds(rows, steps, args)
-    add_figures(rows, steps, batch_size)
-    reference = contestants[0]
+def time_rounds(rows, steps, batch_size, args):
+    """Time a step of each contestant, round by round, and add the figures to its row. One that fails is dropped."""
+    for i in range(WARM_UP + args.rounds):
+        for name in list(steps):
+            contestants.use_triton("triton" in name)
+            ms = attempt(rows[name], time_ms, steps[name], args.device)
+            if ms is None:
+                del steps[name]  # and with it its memory
+            elif i >= WARM_UP:
+                rows[name]["times_ms"].append(ms)
+    reference = next(iter(rows))
     for name in steps:
-        rows[name][f"times_{reference}"] = median_ratio(rows[name], rows[reference]) if reference in steps else None
+        times, ratio = rows[name]["times_ms"], None
+        if reference in steps:
+            pairs = zip(times, rows[reference]["times_ms"], strict=True)
+            ratio = round(statistics.median(b / a if args.part == "loader" else a / b for a, b in pairs), 2)
+        median = statistics.median(times)
+        images_per_s = round(1e3 * batch_size / median, 1)
+        rows[name] |= {"median_ms": round(median, 2), "images_per_s": images_per_s, f"times_{reference}": ratio}
+
+
+def compare_steps(model, names, batch_size, args):
+    """Measure the contestants of these names on one model: a dict with a row for each."""
+    torch.compiler.reset()
+    # Memory first, before anything of this process is on the device
+    rows = {name: make_row_in_fresh_process(model, name, batch_size, args) for name in names}
+    makes = {name: attempt(row, contestants.make_step, model, name, batch_size, args) for name, row in rows.items()}
+    time_rounds(rows, {name: step for name, step in makes.items() if step}, batch_size, args)
     return dict(model=model, batch_size=batch_size, contestants=list(rows.values()))
+
+
+def compare_models(args):
+    """`compare_steps` of each --model."""
+    names = args.only or contestants.choose_contestants(args)[0]
+    scale = 32 if args.device == "cuda" else 1
+    sizes = args.batch_size or [scale * BATCH_SIZE.get(model.split("_")[1], 4) for model in args.model]
+    for model, batch_size in zip(args.model, sizes * (len(args.model) // len(sizes)), strict=True):
+        yield compare_steps(model, names, batch_size, args)
 
 
 def compare_loaders(args):
     """Measure the loaders, for each size of files: yields a dict with a row for each contestant."""
     from tools import loaders
 
+    torch.set_num_threads(1)  # as DataLoader's workers have
     for size, count in loaders.COUNTS.items():
         with tempfile.TemporaryDirectory() as folder:
             loaders.draw_jpegs(Path(folder) / "photographs", count, size)
-            for training, make_steps in loaders.MAKE_STEPS.items():
-                steps = make_steps(folder, args.input_size)
+            for training in ("pre-training", "fine-tuning"):
+                steps = loaders.make_steps(training, Path(folder), args.input_size)
                 rows = {name: dict(contestant=name, times_ms=[]) for name in steps}
-                time_rounds(rows, steps, args)
-                add_figures(rows, steps, count)
-                original = rows["original"] if "original" in steps else None
-                for name in steps:
-                    rows[name]["times_original"] = original and median_ratio(original, rows[name])
+                time_rounds(rows, steps, count, args)
                 files = "{}, JPEGs of {} x {}".format(training, *size)
                 yield dict(files=files, batch_size=count, contestants=list(rows.values()))
 
@@ -207,15 +178,14 @@ def measure_ceilings(args):
     side = 8192 if args.device == "cuda" else 2048
     a = torch.randn(side, side, device=args.device, dtype=getattr(torch, args.dtype))
     b = torch.empty_like(a)
-    copy_ms, product_ms = (
-        statistics.median(time_ms(work, args.device) for _ in range(10)) for work in (lambda: b.copy_(a), lambda: a @ a)
-    )
+    copy_ms = statistics.median(time_ms(lambda: b.copy_(a), args.device) for _ in range(10))
+    product_ms = statistics.median(time_ms(lambda: a @ a, args.device) for _ in range(10))
     gigabytes, flops = 2 * a.nbytes / 1e6 / copy_ms, 2 * side**3 / 1e9 / product_ms
     return {"copy GB/s": round(gigabytes, 1), f"{args.dtype} product TFLOP/s": round(flops, 3)}
 
 
 def describe_conditions(args):
-    """The conditions of the measurement, as for --json."""
+    """The conditions of the measurement and, for masked models, the floor: the head of the report."""
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     machine = dict(
@@ -225,16 +195,20 @@ def describe_conditions(args):
         torch_threads=torch.get_num_threads(),
         load_average=round(os.getloadavg()[0], 1),  # well above 0: other programs are running, distrust the times
     )
-    try:
-        minkowski = metadata.version("MinkowskiEngine")
-    except metadata.PackageNotFoundError:
-        minkowski = "not installed"
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "pillow")}
-    versions |= dict(python=platform.python_version(), MinkowskiEngine=minkowski)
+    versions["python"] = platform.python_version()
+    installed = [*metadata.distributions(name="MinkowskiEngine")]
+    versions["MinkowskiEngine"] = installed[0].version if installed else "not installed"
     keys = ("part", "device", "input_size", "rounds") + ("dtype", "mask_ratio") * (args.part != "loader")
     settings = {key: getattr(args, key) for key in keys} | dict(warm_up=WARM_UP)
     report = dict(machine=machine, versions=versions, settings=settings)
-    return report | (dict(ceilings=measure_ceilings(args)) if args.part != "loader" else {})
+    if args.part != "loader":
+        report["ceilings"] = measure_ceilings(args)
+    if args.part in ("encoder", "step"):
+        patches, visible = contestants.count_patches(args)
+        report["floor"] = dict(visible=visible, patches=patches, ratio=visible / patches)
+        report["left_out"] = contestants.choose_contestants(args)[1]
+    return report
 
 
 def print_header(report):
@@ -243,8 +217,11 @@ def print_header(report):
         if title in report:
             print(f"{title}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report[title].items()))
     if "floor" in report:
-        visible, patches, ratio = report["floor"].values()
-        print(f"floor: {visible}/{patches} patches visible = {ratio:.2f} of dense unmasked's encoder")
+        print(
+            "floor: {visible}/{patches} patches visible = {ratio:.2f} of dense unmasked's encoder".format(
+                **report["floor"]
+            )
+        )
         for contestant, reason in report["left_out"].items():
             print(f"{contestant} left out: {reason}")
 
@@ -269,31 +246,24 @@ def print_table(result):
 
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
-    group = parser.add_argument_group("what to time")
+    add = parser.add_argument_group("what to time").add_argument
     models = ["convnextv2_atto", "convnextv2_tiny"]
-    group.add_argument("--model", nargs="+", default=models, choices=SIZES, metavar="NAME", help="one or more")
-    group.add_argument(
-        "--batch_size",
-        nargs="+",
-        default=None,
-        type=at_least(1),
-        help="one, or one per model; None: by model and device",
-    )
-    group.add_argument("--input_size", default=224, type=at_least(PATCH), help="side of the images, a multiple of 32")
-    group.add_argument("--mask_ratio", default=0.6, type=flags.fraction_below_1, help="fraction of patches to mask")
+    add("--model", nargs="+", default=models, choices=SIZES, metavar="NAME", help="one or more")
+    add("--batch_size", nargs="+", type=at_least(1), help="one, or one per model; None: by model and device")
+    add("--input_size", default=224, type=at_least(PATCH), help="side of the images, a multiple of 32")
+    add("--mask_ratio", default=0.6, type=flags.fraction_below_1, help="fraction of patches to mask")
     parts = ("encoder", "step", "finetune", "loader")
-    group.add_argument(
-        "--part", choices=parts, default="step", help="encoder: forward and backward; loader: on one core"
-    )
-    group.add_argument("--only", nargs="+", default=None, metavar="NAME", help="contestants to time; None: all")
-    group = parser.add_argument_group("how to time")
+    add("--part", choices=parts, default="step", help="encoder: forward and backward; loader: on one core")
+    add("--only", nargs="+", metavar="NAME", help="contestants to time; None: all")
+
+    add = parser.add_argument_group("how to time").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    group.add_argument("--device", choices=("cuda", "cpu"), default=device, help="--part loader: always the CPU")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
-    group.add_argument("--compile", action=flags.Switch, default=False, help="time under torch.compile as well")
-    group.add_argument("--triton", action=flags.Switch, default=False, help="time with Triton kernels as well, on CUDA")
-    group.add_argument("--rounds", default=10, type=at_least(1), help="rounds that count")
-    group.add_argument("--json", action=flags.Switch, default=False, help="print one JSON object instead of tables")
+    add("--device", choices=("cuda", "cpu"), default=device, help="--part loader: always the CPU")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
+    add("--compile", action=Switch, default=False, help="time under torch.compile as well")
+    add("--triton", action=Switch, default=False, help="time with Triton kernels as well, on CUDA")
+    add("--rounds", default=10, type=at_least(1), help="rounds that count")
+    add("--json", action=Switch, default=False, help="print one JSON object instead of tables")
     return parser
 
 
@@ -305,43 +275,24 @@ def check_args(args):
         raise UserError("--triton: the kernels are for --device cuda")
     if args.batch_size is not None and len(args.batch_size) not in (1, len(args.model)):
         raise UserError(f"--batch_size {' '.join(map(str, args.batch_size))}: must be one, or one for each --model")
-
-
-def choose_batch_sizes(args):
-    """A batch size for each --model."""
-    if args.batch_size is None:
-        scale = 32 if args.device == "cuda" else 1
-        return [scale * BATCH_SIZE.get(name.split("_")[1], 4) for name in args.model]
-    return args.batch_size * len(args.model) if len(args.batch_size) == 1 else args.batch_size
-
-
-def prepare_comparison(args):
-    """The report so far, its key for the results, and the results, measured as they are iterated over."""
     if args.part == "loader":
-        torch.set_num_threads(1)  # as DataLoader's workers have
-        args = Namespace(**vars(args) | {"device": "cpu"})
-        return describe_conditions(args), "files", compare_loaders(args)
-    from tools.contestants import choose_contestants, count_patches
-
-    patches, visible = count_patches(args)
-    contestants, left_out = choose_contestants(args)
-    if args.only and not set(args.only) <= set(contestants):
-        raise UserError(f"--only {', '.join(args.only)}: must be among {', '.join(contestants)}")
-    report = describe_conditions(args)
-    if args.part != "finetune":
-        report |= dict(floor=dict(visible=visible, patches=patches, ratio=visible / patches), left_out=left_out)
-    models = zip(args.model, choose_batch_sizes(args), strict=True)
-    return report, "models", (compare_steps(name, args.only or contestants, size, args) for name, size in models)
+        return
+    contestants.count_patches(args)
+    names, _ = contestants.choose_contestants(args)
+    if args.only and not set(args.only) <= set(names):
+        raise UserError(f"--only {', '.join(args.only)}: must be among {', '.join(names)}")
 
 
 def main(args):
     check_args(args)
-    report, key, results = prepare_comparison(args)
+    loader = args.part == "loader"
+    args = Namespace(**vars(args) | {"device": "cpu"}) if loader else args
+    report = describe_conditions(args)
     if not args.json:
         print_header(report)
-    report[key] = []
-    for result in results:
-        report[key].append(result)
+    results = report["files" if loader else "models"] = []
+    for result in compare_loaders(args) if loader else compare_models(args):
+        results.append(result)
         if not args.json:
             print_table(result)
     if args.json:

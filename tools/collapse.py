@@ -6,20 +6,14 @@ python -m tools.collapse --checkpoint output/digits/checkpoint-19.pth --data_set
 """
 
 import os
+import statistics
 from typing import NamedTuple
 
 import torch
 
 import flags
-from tools.common import (
-    add_input_size_arg,
-    add_model_key_arg,
-    build_transform,
-    check_not_among,
-    choose_input_size,
-    load_network,
-)
-from tools.figure import add_legend, add_names, check_figure, choose_colors, make_figure, save_figure, shorten_paths
+from tools import common
+from tools.figure import add_legends, check_figure, choose_colors, make_figure, save_figure, shorten_paths
 from utils import UserError
 
 BATCH = 8  # images at a time
@@ -88,27 +82,25 @@ def measure(model, images):
 
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
-    parser.add_argument("--checkpoint", required=True, nargs="+", metavar="FILE", help="one or more, in any known form")
+    add = parser.add_argument
+    add("--checkpoint", required=True, nargs="+", metavar="FILE", help="one or more, in any known form")
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--images", nargs="+", metavar="FILE", help="image files, or folders of them")
     images.add_argument("--data_set", choices=("DIGITS",), help="scikit-learn's held-out digits instead")
-    parser.add_argument(
-        "--num_images", default=64, type=flags.at_least(1), help="images to use; of more, evenly spread ones"
-    )
-    parser.add_argument("--output", default=None, metavar="FILE", help="picture of the curves, drawn by matplotlib")
-    add_model_key_arg(parser)
-    add_input_size_arg(parser)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, type=flags.device, help="cuda, cuda:N or cpu")
+    add("--num_images", default=64, type=flags.at_least(1), help="images to use; of more, evenly spread ones")
+    add("--output", metavar="FILE", help="picture of the curves, drawn by matplotlib")
+    common.add_model_key_arg(add)
+    common.add_input_size_arg(add)
+    flags.add_device_arg(add)
     return parser
 
 
 def load_network_and_transform(path, args):
     """The dense network of a checkpoint and the transform of its images. Raises UserError."""
-    model, checkpoint = load_network(path, args.model_key)
+    model, checkpoint = common.load_network(path, args.model_key)
     stride = 8 * model.config["stem_stride"]
-    size = choose_input_size(args.input_size, checkpoint, stride, multiple_of=stride)
-    return model, build_transform(checkpoint, size, model.config["in_chans"])
+    size = common.choose_input_size(args.input_size, checkpoint, stride, multiple_of=stride)
+    return model, common.build_transform(checkpoint, size, model.config["in_chans"])
 
 
 def read_images(args, in_chans, transform):
@@ -133,39 +125,34 @@ def spread(items, count):
 
 def print_tables(curves):
     """A row per block and their mean, checkpoints of the same blocks side by side. curves: as in `draw`."""
-    blocks_of = {name: tuple(layer.block for layer in layers) for name, layers in curves.items()}
-    for blocks in dict.fromkeys(blocks_of.values()):
-        names = [name for name in curves if blocks_of[name] == blocks]
-        widths = [max(24, len(name)) + 3 for name in names]
-        print()
-        print(" " * 18 + "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True)))
-        titles = f"{'before':>8}{'after':>8}{'dead %':>8}"
-        print(f"{'block':<12}{'layer':>6}" + "".join(f"{titles:>{width}}" for width in widths))
-        for row in zip(*(curves[name] for name in names), strict=True):
-            print_row(row[0].block, f"{row[0].index:.2f}", [layer[2:] for layer in row], widths)
-        means = [torch.tensor([layer[2:] for layer in curves[name]]).mean(0).tolist() for name in names]
-        print_row("mean", "", means, widths)
-
-
-def print_row(block, index, values, widths):
-    cells = [f"{before:>8.3f}{after:>8.3f}{100 * dead:>8.1f}" for before, after, dead in values]
-    row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-    print(f"{block:<12}{index:>6}{row}")
+    tables = {}  # {blocks: names of the checkpoints}
+    for name, layers in curves.items():
+        tables.setdefault(tuple(layer.block for layer in layers), []).append(name)
+    for blocks, names in tables.items():
+        width = max(24, *map(len, names)) + 3
+        print(f"\n{'':18}" + "".join(f"{name:>{width}}" for name in names))
+        print(f"{'block':<12}{'layer':>6}" + f"{'before':>{width - 16}}{'after':>8}{'dead %':>8}" * len(names))
+        table = [[layer[2:] for layer in curves[name]] for name in names]
+        means = [[statistics.fmean(values) for values in zip(*column, strict=True)] for column in table]
+        indices = [f"{layer.index:.2f}" for layer in curves[names[0]]]
+        for block, index, row in zip(
+            [*blocks, "mean"], [*indices, ""], [*zip(*table, strict=True), means], strict=True
+        ):
+            cells = (f"{before:>{width - 16}.3f}{after:>8.3f}{100 * dead:>8.1f}" for before, after, dead in row)
+            print(f"{block:<12}{index:>6}{''.join(cells)}")
 
 
 def draw(curves):
     """Figure 4 of the paper as a matplotlib figure. curves: {name of the checkpoint: its `Layer`s}."""
     figure, (axis,) = make_figure(1)
-    colors = dict(zip(curves, choose_colors(len(curves)), strict=True))
-    styles = {"after": "-", "before": "--"}
+    colors = choose_colors(curves)
     for name, layers in curves.items():
-        for side, style in styles.items():
-            distances = [getattr(layer, side) for layer in layers]
-            axis.plot([layer.index for layer in layers], distances, color=colors[name], linestyle=style)
+        index = [layer.index for layer in layers]
+        axis.plot(index, [layer.after for layer in layers], color=colors[name], linestyle="-")
+        axis.plot(index, [layer.before for layer in layers], color=colors[name], linestyle="--")
     axis.set(xlabel="normalized layer index", ylabel="cosine distance between channels")
     axis.set_ylim(min(axis.get_ylim()[0], 0.4), 0.505)  # differences of thousandths must not fill the picture
-    add_names(figure, colors)
-    add_legend(figure, {f"{side} GRN": dict(color="0.3", linestyle=style) for side, style in styles.items()}, "lower")
+    add_legends(figure, colors, {"after GRN": dict(linestyle="-"), "before GRN": dict(linestyle="--")})
     return figure
 
 
@@ -173,7 +160,7 @@ def main(args):
     flags.check_device(args)
     if args.output:
         check_figure(args.output)
-        check_not_among("--output", args.output, args.images or [])
+        common.check_output(args.output, args.images or [])
     paths = list(dict.fromkeys(map(os.path.abspath, args.checkpoint)))
     networks = [load_network_and_transform(path, args) for path in paths]
 

@@ -1,4 +1,4 @@
-"""Shared by several tools: flags that choose weights and image size, the network, its transform, files to write."""
+"""Shared by the tools: flags of weights and image size, the dense network, its transform, files to write."""
 
 from pathlib import Path
 
@@ -8,30 +8,24 @@ from checkpoints import load_checkpoint, training_flags, write_whole
 from utils import UserError
 
 
-def add_model_key_arg(parser):
-    parser.add_argument(
-        "--model_key",
-        default="model|module",
-        metavar="KEYS",
-        help="checkpoint keys to try, separated by |; model_ema: the EMA weights",
-    )
+def add_model_key_arg(add):
+    keys = "checkpoint keys to try, separated by |; model_ema: the EMA weights"
+    add("--model_key", default="model|module", metavar="KEYS", help=keys)
 
 
-def add_input_size_arg(parser):
-    parser.add_argument(
-        "--input_size",
-        action=flags.ImageSize,
-        default=None,
-        help="side of the images, or height and width; None: as in the training, else 224",
-    )
+def add_input_size_arg(add):
+    size = "side of the images, or height and width; None: as in the training, else 224"
+    add("--input_size", action=flags.ImageSize, help=size)
 
 
-def load_network(path, model_key):
+def load_network(path, model_key, needs_head=False):
     """The dense network of a checkpoint of any known form, in evaluation mode, and the checkpoint. Raises UserError."""
-    from models import convnextv2
+    from models import convnextv2, weights
 
     checkpoint = load_checkpoint(path)
-    with utils.name_in_errors(path):
+    with utils.name_in_errors(f"--checkpoint {path}"):
+        if needs_head and "head.weight" not in weights.find_weights(checkpoint, model_key):
+            raise ValueError("no head.weight: accepted is a classifier with its head")
         model, _ = convnextv2.from_checkpoint(checkpoint, model_key)
     return model.eval(), checkpoint
 
@@ -53,10 +47,10 @@ def build_transform(checkpoint, input_size, in_chans):
     return lambda image: normalize(transform(image)[None], flags.get("imagenet_default_mean_and_std", True))[0]
 
 
-def check_not_among(flag, output, inputs):
-    """Raise UserError if the file to write is one of the files to read."""
-    if Path(output).resolve() in [Path(path).resolve() for path in inputs]:
-        raise UserError(f"{flag} {output}: is one of the images; choose another name")
+def check_output(output, images):
+    """Raise UserError if --output is one of the images to read."""
+    if Path(output).resolve() in [Path(path).resolve() for path in images]:
+        raise UserError(f"--output {output}: is one of the images; choose another name")
 
 
 def write_output(output, write):

@@ -19,7 +19,6 @@ Of --part finetune (steps of a classifier of 1000 classes with label smoothing):
 import warnings
 
 import torch
-from torch import nn
 
 from models import convnextv2, fcmae
 from models.convnextv2_sparse import split_patches
@@ -29,20 +28,21 @@ from utils import keep_freed_memory, name_in_errors
 
 warnings.filterwarnings("ignore", module="MinkowskiEngine")  # it warns on import where it was built without CUDA
 PATCH = 32  # pixels
+PRETRAIN = ["packed", "packed compiled", "packed triton", "packed compiled triton"]
+PRETRAIN += ["dense masked", "dense unmasked", "dense unmasked compiled", "minkowski"]
+FINETUNE = ["dense", "dense compiled", "dense triton", "dense compiled triton"]
+FINETUNE += ["timm", "timm channels last", "timm channels last compiled"]
 
 
-class DenseUnmasked(nn.Module):
-    """The dense, channels-last trunk on the whole image: (N, 3, H, W) -> (N, C, h, w). It ignores the mask."""
+class DenseUnmasked(convnextv2.ConvNeXtV2):
+    """The dense trunk on the whole image: (N, 3, H, W) -> (N, C, h, w). It ignores the mask."""
 
-    def __init__(self, trunk):
-        super().__init__()
-        self.downsample_layers, self.stages = trunk.downsample_layers, trunk.stages
+    def __init__(self, **config):
+        super().__init__(num_classes=1, **config)
+        self.norm = self.head = torch.nn.Identity()
 
     def forward(self, imgs, mask, visible=None):
-        x = imgs.contiguous(memory_format=torch.channels_last)
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
-        return x
+        return self.forward_trunk(imgs)
 
 
 def count_patches(args):
@@ -54,14 +54,11 @@ def count_patches(args):
 
 def choose_contestants(args):
     """The contestants of --part, the reference first, and {contestant: reason} of those left out."""
-    reference = "dense" if args.part == "finetune" else "packed"
-    contestants = [reference] + [f"{reference} compiled"] * args.compile + [f"{reference} triton"] * args.triton
-    contestants += [f"{reference} compiled triton"] * (args.compile and args.triton)
-    if args.part == "finetune":
-        return contestants + ["timm", "timm channels last"] + ["timm channels last compiled"] * args.compile, {}
-    contestants += ["dense masked", "dense unmasked"] + ["dense unmasked compiled"] * args.compile
-    reason = why_no_minkowski(args)
-    return (contestants, {"minkowski": reason}) if reason else ([*contestants, "minkowski"], {})
+    names = FINETUNE if args.part == "finetune" else PRETRAIN
+    names = [name for name in names if args.compile or "compiled" not in name]
+    names = [name for name in names if args.triton or "triton" not in name]
+    reason = why_no_minkowski(args) if "minkowski" in names else None
+    return [name for name in names if name != "minkowski" or not reason], {"minkowski": reason} if reason else {}
 
 
 def why_no_minkowski(args):
@@ -101,7 +98,7 @@ def build_fcmae(name, contestant, input_size):
     if contestant == "dense masked":
         model.encoder = DenseMasked(model.encoder)
     elif contestant.startswith("dense unmasked"):
-        encoder = DenseUnmasked(getattr(convnextv2, name)(num_classes=1))
+        encoder = DenseUnmasked(**convnextv2.SIZES[name])
         encoder.load_state_dict(model.encoder.state_dict())
         model.encoder = encoder
     return model
@@ -114,18 +111,18 @@ def make_step(name, contestant, batch_size, args):
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # the default for matrix products; convolutions would have an advantage
     use_triton("triton" in contestant)
-    dtype = getattr(torch, args.dtype)
-    autocast = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
-    if args.part == "finetune":
-        make, model = make_finetune_step, build_classifier(name, contestant)
-    else:
-        make = make_encoder_step if args.part == "encoder" else make_pretrain_step
-        model = build_fcmae(name, contestant, args.input_size)
+    classify = args.part == "finetune"
+    model = build_classifier(name, contestant) if classify else build_fcmae(name, contestant, args.input_size)
     imgs = torch.randn(batch_size, 3, args.input_size, args.input_size, device=args.device)
-    return make(model.to(args.device), contestant, imgs, autocast, args)
+    make = {"encoder": make_encoder_step, "step": make_pretrain_step, "finetune": make_finetune_step}[args.part]
+    return make(model.to(args.device), contestant, imgs, args)
 
 
-def make_encoder_step(model, contestant, imgs, autocast, args):
+def autocast(args):
+    return torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+
+
+def make_encoder_step(model, contestant, imgs, args):
     """Forward and backward of an FCMAE's encoder."""
     encoder, mask = model.encoder, model.gen_random_mask(imgs, args.mask_ratio)
     _, num_visible = count_patches(args)
@@ -139,7 +136,7 @@ def make_encoder_step(model, contestant, imgs, autocast, args):
     grad = torch.randn(len(imgs), model.proj.in_channels, side, side, device=args.device)
 
     def step():
-        with autocast:
+        with autocast(args):
             latent = forward(imgs, mask)
         latent.backward(grad.to(latent.dtype))
         encoder.zero_grad(set_to_none=True)
@@ -147,31 +144,29 @@ def make_encoder_step(model, contestant, imgs, autocast, args):
     return step
 
 
-def make_pretrain_step(model, contestant, imgs, autocast, args):
+def make_pretrain_step(model, contestant, imgs, args):
     """Masks, forward, loss, backward and update of an FCMAE."""
     forward = torch.compile(model, fullgraph=True) if "compiled" in contestant else model
-    return make_update(model, lambda: forward(imgs, mask_ratio=args.mask_ratio, masked_only=True)[0], autocast, args)
+    return make_update(model, lambda: forward(imgs, mask_ratio=args.mask_ratio, masked_only=True)[0], args)
 
 
-def make_finetune_step(model, contestant, imgs, autocast, args):
+def make_finetune_step(model, contestant, imgs, args):
     """Forward, loss, backward and update of a classifier."""
-    from timm.loss import LabelSmoothingCrossEntropy
-
     if "channels last" in contestant:
         imgs = imgs.contiguous(memory_format=torch.channels_last)
     targets = torch.arange(len(imgs), device=args.device)
-    criterion = LabelSmoothingCrossEntropy(0.1)
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     forward = torch.compile(model) if "compiled" in contestant else model
-    return make_update(model, lambda: criterion(forward(imgs).float(), targets), autocast, args)
+    return make_update(model, lambda: criterion(forward(imgs).float(), targets), args)
 
 
-def make_update(model, compute_loss, autocast, args):
+def make_update(model, compute_loss, args):
     """A function without arguments: forward, backward and AdamW, as the engines do it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
 
     def step():
-        with autocast:
+        with autocast(args):
             loss = compute_loss()
         scaler.scale(loss).backward()
         scaler.step(optimizer)

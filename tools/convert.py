@@ -13,15 +13,12 @@ from utils import UserError
 
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
-    parser.add_argument("input", metavar="IN", help="checkpoint of this project, of the original or of timm")
-    parser.add_argument("output", metavar="OUT", help="file to write")
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=("original", "timm"),
-        help="original: the dense names under 'model'; timm: what timm.create_model(NAME, checkpoint_path=OUT) loads",
-    )
-    add_model_key_arg(parser)
+    add = parser.add_argument
+    add("input", metavar="IN", help="checkpoint of this project, of the original or of timm")
+    add("output", metavar="OUT", help="file to write")
+    forms = "original: the dense names under 'model'; timm: what timm.create_model(NAME, checkpoint_path=OUT) loads"
+    add("--to", required=True, choices=("original", "timm"), help=forms)
+    add_model_key_arg(add)
     return parser
 
 
@@ -44,8 +41,8 @@ def main(args):
         save_whole(args.output, converted)
     except OSError as error:
         raise UserError(f"OUT {error}") from None
-    head = "a head" if "head.weight" in state else "no head (timm: num_classes=0)"
     tensors = len(converted if args.to == "timm" else state)
+    head = "a head" if "head.weight" in state else "no head (timm: num_classes=0)"
     size = f"depths {sizes['depths']}, dims {sizes['dims']}"
     print(f"{tensors} tensors, {size}, {head}, {len(decoder)} of a decoder left out: {args.output}")
 

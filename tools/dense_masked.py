@@ -16,6 +16,21 @@ def layer_norm(norm, x):
     return x.permute(0, 3, 1, 2).contiguous()
 
 
+def masked_block(block, x, visible):
+    """A ConvNeXt V2 block on (N, C, H, W), zero where visible (N, 1, H, W) is."""
+    dim = x.shape[1]
+    y = F.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=dim) * visible
+    y = layer_norm(block.norm, y)
+    y = F.conv2d(y, block.pwconv1.weight.view(4 * dim, dim, 1, 1), block.pwconv1.bias)
+    y = F.gelu(y) * visible
+    norm = torch.sqrt((y * y).sum((2, 3), keepdim=True))  # (N, 4C, 1, 1), over visible sites as the others are 0
+    response = norm / (norm.mean(1, keepdim=True) + 1e-6)
+    gamma, beta = (p.view(1, -1, 1, 1) for p in (block.grn.gamma, block.grn.beta))
+    y = gamma * (y * response) + beta + y
+    y = F.conv2d(y, block.pwconv2.weight.view(dim, 4 * dim, 1, 1), block.pwconv2.bias)
+    return (x + y) * visible
+
+
 class DenseMasked(nn.Module):
     """Images (N, in_chans, H, W), mask (N, L), 1 = masked -> latent (N, C, h, w), zero at masked patches.
 
@@ -24,12 +39,10 @@ class DenseMasked(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        self.downsample_layers = encoder.downsample_layers
-        self.stages = encoder.stages
+        self.downsample_layers, self.stages = encoder.downsample_layers, encoder.stages
 
     def forward(self, imgs, mask, visible=None):
-        stem = self.downsample_layers[0][0]
-        h, w = (size // (8 * stem.stride[0]) for size in imgs.shape[2:])
+        h, w = (size // (8 * self.downsample_layers[0][0].stride[0]) for size in imgs.shape[2:])
         keep = 1 - mask.view(-1, 1, h, w).to(imgs.dtype)
         x = imgs
         for i, (layers, blocks) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
@@ -38,19 +51,5 @@ class DenseMasked(nn.Module):
                 x = layer(x) if isinstance(layer, nn.Conv2d) else layer_norm(layer, x)
             x = x * visible
             for block in blocks:
-                x = self.block(block, x, visible)
+                x = masked_block(block, x, visible)
         return x
-
-    @staticmethod
-    def block(block, x, visible):
-        dim = x.shape[1]
-        y = F.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=dim) * visible
-        y = layer_norm(block.norm, y)
-        y = F.conv2d(y, block.pwconv1.weight.view(4 * dim, dim, 1, 1), block.pwconv1.bias)
-        y = F.gelu(y) * visible
-        norm = torch.sqrt((y * y).sum((2, 3), keepdim=True))  # (N, 4C, 1, 1), over visible sites as the others are 0
-        response = norm / (norm.mean(1, keepdim=True) + 1e-6)
-        gamma, beta = (p.view(1, -1, 1, 1) for p in (block.grn.gamma, block.grn.beta))
-        y = gamma * (y * response) + beta + y
-        y = F.conv2d(y, block.pwconv2.weight.view(dim, 4 * dim, 1, 1), block.pwconv2.bias)
-        return (x + y) * visible

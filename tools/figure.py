@@ -1,7 +1,4 @@
-"""Figures by matplotlib, an optional extra, for several tools: names, colors, legends, the file.
-
-Figures are made without matplotlib.pyplot: no window opens, whatever the backend.
-"""
+"""Figures by matplotlib, an optional extra: panels, colors, legends, the file. No window opens, whatever the backend."""
 
 import os
 import tempfile
@@ -31,20 +28,19 @@ def check_figure(output):
 
 
 def save_figure(figure, output):
-    """Write a figure whole or not at all, in the format of the file's ending. Raises UserError if that fails."""
+    """Write a figure and its legends, in the format of the file's ending. Raises UserError if that fails."""
+    style = dict(format=Path(output).suffix[1:].lower(), bbox_inches="tight")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks are drawn as boxes
-        write_output(output, lambda file: figure.savefig(file, format=Path(output).suffix[1:].lower()))
+        write_output(output, lambda file: figure.savefig(file, **style))
 
 
 def make_figure(panels):
     """A matplotlib figure of 1 to 4 panels and the list of its axes in reading order."""
     from matplotlib.figure import Figure
 
-    size = {1: (8, 5), 2: (12, 4.5), 3: (14, 4), 4: (11, 7.2)}[panels]  # inches
     rows, columns = (2, 2) if panels == 4 else (1, panels)
-    figure = Figure(size, dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+    figure = Figure((3 + 4 * columns, 1 + 3.2 * rows), dpi=120, layout="constrained")  # inches
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axis in axes:
         axis.grid(color="0.9")
@@ -52,41 +48,39 @@ def make_figure(panels):
     return figure, axes
 
 
-def choose_colors(count):
-    """`count` colors that are easy to distinguish; matplotlib's usual ten if those are enough."""
-    import matplotlib
+def choose_colors(names):
+    """{name: color}: matplotlib's usual ten if those are enough, else as many that are easy to distinguish."""
+    from matplotlib import colormaps
 
-    if count <= 10:
-        return matplotlib.colormaps["tab10"].colors[:count]
-    return [matplotlib.colormaps["turbo"](0.05 + 0.9 * i / (count - 1)) for i in range(count)]
-
-
-def add_legend(figure, styles, side):
-    """A legend above ("upper") or below ("lower") the panels, for which the figure grows. One entry needs no legend.
-
-    styles: {name: properties of a matplotlib line}.
-    """
-    from matplotlib.lines import Line2D
-
-    if len(styles) < 2:
-        return
-    width, height = figure.get_size_inches()
-    entry = 0.8 + 0.08 * max(map(len, styles))  # inches: the line, and letters of the usual size
-    columns = min(max(int(width / entry), 1), len(styles))
-    figure.set_size_inches(width, height + 0.22 * -(-len(styles) // columns))
-    handles = [Line2D([], [], **style) for style in styles.values()]
-    legend = figure.legend(handles, [""] * len(handles), loc=f"outside {side} center", ncols=columns, frameon=False)
-    # File names may hold $ or start with _: as labels they would be formulas, or left out.
-    for text, name in zip(legend.get_texts(), styles, strict=True):
-        text.set_parse_math(False)
-        text.set_text(printable(name))
+    count = len(names)
+    colors = colormaps["tab10"].colors[:count]
+    if count > 10:
+        colors = [colormaps["turbo"](0.05 + 0.9 * i / (count - 1)) for i in range(count)]
+    return dict(zip(names, colors, strict=True))
 
 
-def add_names(figure, colors):
-    """A legend of {name: color} above the panels. A single name becomes the title."""
+def add_legends(figure, colors, styles):
+    """Legends of {name: color}, right of the panels, and {kind: line style}, below. A single name is the title."""
     if len(colors) == 1:
         figure.suptitle(printable(*colors), fontsize="large", parse_math=False)
-    add_legend(figure, {name: dict(color=color) for name, color in colors.items()}, "upper")
+    else:
+        lines = {name: dict(color=color) for name, color in colors.items()}
+        add_legend(figure, lines, loc="upper left", bbox_to_anchor=(1, 1))
+    if len(styles) > 1:
+        lines = {kind: {"color": "0.3"} | style for kind, style in styles.items()}
+        add_legend(figure, lines, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(lines))
+
+
+def add_legend(figure, lines, **place):
+    """A legend of {name: properties of a line}, outside the figure: its file grows by as much."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **line) for line in lines.values()]
+    legend = figure.legend(handles, [""] * len(handles), frameon=False, **place)
+    # File names may hold $ or start with _: as labels they would be formulas, or left out.
+    for text, name in zip(legend.get_texts(), lines, strict=True):
+        text.set_parse_math(False)
+        text.set_text(printable(name))
 
 
 def printable(name):

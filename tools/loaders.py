@@ -8,7 +8,6 @@ One process, one thread, no workers, files that the system still holds in memory
 """
 
 import itertools
-from argparse import Namespace
 
 import numpy as np
 from PIL import Image
@@ -18,12 +17,11 @@ from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
 import datasets
-import flags
-import utils
-from images import IMAGENET_STATISTICS, ImageFolder
+import main_finetune
+import main_pretrain
+from images import IMAGENET_STATISTICS
 
 COUNTS = {(500, 375): 100, (2000, 1500): 20}  # width and height of the files: how many of them
-NO_WORKERS = Namespace(num_workers=0, pin_mem=False)
 
 
 def draw_jpegs(folder, count, size):
@@ -47,28 +45,17 @@ def draw_jpegs(folder, count, size):
 
 def pretrain_transform(input_size):
     """The original's: a Pillow image cropped, flipped, made a tensor and normalized, all on the CPU."""
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(input_size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(*IMAGENET_STATISTICS),
-        ]
-    )
+    crop = transforms.RandomResizedCrop(input_size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+    normalize = transforms.Normalize(*IMAGENET_STATISTICS)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
 
 
 def finetune_transform(input_size):
     """The original's by default, timm's: RandAugment and random erasing, all on the CPU."""
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = datasets.posterize  # with Pillow 13 timm's fails now and then
-    return create_transform(
-        input_size,
-        is_training=True,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation="bicubic",
-        re_prob=0.25,
-        re_mode="pixel",
-    )
+    policy = dict(auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic")
+    return create_transform(input_size, is_training=True, **policy, re_prob=0.25, re_mode="pixel")
 
 
 def original_loader(folder, transform):
@@ -77,43 +64,27 @@ def original_loader(folder, transform):
     return DataLoader(images, batch_size=len(images), shuffle=True)
 
 
-def pretrain_loader(folder, input_size, repeats=1):
-    """The project's loader of pre-training: one batch of as many samples as there are images, uint8."""
-    images = ImageFolder(folder, 3)
-    dataset = datasets.PretrainDataset(images, (input_size, input_size), (input_size // 32) ** 2, seed=0)
-    sampler = datasets.EpochSampler(len(images), len(images), 1, seed=0, repeats=repeats)
-    return datasets.build_loader(dataset, sampler, NO_WORKERS, "cpu")
+def project_loader(training, folder, input_size, repeats=1):
+    """The project's, with the default flags of a training: one batch of as many samples as there are images, uint8."""
+    script = main_pretrain if training == "pre-training" else main_finetune
+    count = sum(path.is_file() for path in folder.rglob("*"))
+    command = f"--data_set image_folder --input_size {input_size} --batch_size {count} --num_workers 0 --no-pin_mem"
+    args = script.get_args_parser().parse_args([*command.split(), "--data_path", str(folder)])
+    pretraining = training == "pre-training"
+    dataset = datasets.build_pretrain_dataset(args) if pretraining else datasets.build_dataset(True, args)[0]
+    loader, _ = datasets.build_train_loader(dataset, args, "cpu", repeats)
+    return loader
 
 
-def finetune_loader(folder, input_size):
-    """The project's loader of fine-tuning with its default augmentation: one batch, uint8."""
-    parser = flags.FlagParser()
-    datasets.add_labelled_args(parser)
-    args = parser.parse_args(["--data_set", "image_folder", "--data_path", str(folder)])
-    args = Namespace(**vars(args) | {"input_size": (input_size, input_size), "in_chans": 3, "seed": 0})
-    dataset, _ = datasets.build_dataset(True, args)
-    sampler = datasets.EpochSampler(len(dataset.images), len(dataset.images), 1, seed=0)
-    return datasets.build_loader(dataset, sampler, NO_WORKERS, "cpu")
-
-
-def make_pretrain_steps(folder, input_size):
-    """Functions without arguments, by contestant, that load a batch of as many samples as there are files."""
-    return {
-        "original": make_step(original_loader(folder, pretrain_transform(input_size))),
-        "this loader": make_step(pretrain_loader(folder, input_size)),
-        "4 crops an image": make_step(pretrain_loader(folder, input_size, repeats=4)),
-    }
-
-
-def make_finetune_steps(folder, input_size):
-    """The same for fine-tuning."""
-    return {
-        "original": make_step(original_loader(folder, finetune_transform(input_size))),
-        "this loader": make_step(finetune_loader(folder, input_size)),
-    }
-
-
-MAKE_STEPS = {"pre-training": make_pretrain_steps, "fine-tuning": make_finetune_steps}
+def make_steps(training, folder, input_size):
+    """{contestant: function that loads a batch of as many samples as there are files} of a kind of training."""
+    pretraining = training == "pre-training"
+    transform = pretrain_transform if pretraining else finetune_transform
+    loaders = {"original": original_loader(folder, transform(input_size))}
+    loaders["this loader"] = project_loader(training, folder, input_size)
+    if pretraining:
+        loaders["4 crops an image"] = project_loader(training, folder, input_size, repeats=4)
+    return {name: make_step(loader) for name, loader in loaders.items()}
 
 
 def make_step(loader):

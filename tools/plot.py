@@ -8,10 +8,9 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import flags
-from tools.figure import add_legend, add_names, check_figure, choose_colors, make_figure, save_figure, shorten_paths
+from tools.figure import add_legends, check_figure, choose_colors, make_figure, save_figure, shorten_paths
 from utils import UserError
 
 # Kinds of curves, the same in all panels: line style, and marker of a curve of one point
@@ -37,27 +36,11 @@ PANELS = {
 KEYS = [key for panel in PANELS.values() for key in panel]
 
 
-class Run(NamedTuple):
-    name: str
-    epochs: dict  # epochs done, in rising order -> {key: value}
-
-
-class Curve(NamedTuple):
-    run: str
-    kind: str  # of KINDS
-    x: list  # epochs done
-    y: list  # finite values
-
-
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
-    parser.add_argument("runs", nargs="+", metavar="LOGDIR", help="output folder of a run, or its log.txt")
-    parser.add_argument(
-        "--output",
-        default=None,
-        metavar="FILE",
-        help="picture to write; None: curves.png in the first run's folder",
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="LOGDIR", help="output folder of a run, or its log.txt")
+    add("--output", metavar="FILE", help="picture to write; None: curves.png in the first run's folder")
     return parser
 
 
@@ -74,50 +57,42 @@ def parse_line(line):
 
 
 def read_log(path):
-    """The entries of log.txt as {epochs done: {key: value}}; lines that are no entry are skipped and counted.
+    """The entries of log.txt as {epochs done: {key: value}}, rising; other lines are skipped and counted.
 
     An entry discards earlier ones of the same or later epochs: the run resumed from an earlier checkpoint. Raises
     UserError if the file cannot be read or has no entry.
     """
     try:
-        lines = path.read_text(errors="replace").split("\n")
+        lines = [line for line in path.read_text(errors="replace").split("\n") if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; accepted is a run's output folder, or its log.txt") from None
-    epochs, skipped = {}, 0
-    for line in filter(str.strip, lines):
-        parsed = parse_line(line)
-        if parsed is None:
-            skipped += 1
-            continue
-        while epochs and next(reversed(epochs)) >= parsed[0]:
-            epochs.popitem()
-        epochs[parsed[0]] = parsed[1]
-    if not epochs:
+    entries = list(filter(None, map(parse_line, lines)))
+    if not entries:
         raise UserError(f"{path}: no line is a JSON object with an epoch; accepted is the log.txt of a training")
-    if skipped:
-        print(f"{path}: skipped {skipped} lines that are no JSON object with an epoch")
+    if len(lines) > len(entries):
+        print(f"{path}: skipped {len(lines) - len(entries)} lines that are no JSON object with an epoch")
+    epochs = {}
+    for done, values in entries:
+        epochs = {earlier: epochs[earlier] for earlier in epochs if earlier < done} | {done: values}
     return epochs
 
 
 def read_runs(paths):
-    """The runs in folders or log files, each once and under a unique name, and the first one's folder.
-
-    Raises UserError as `read_log` does.
-    """
+    """{unique name: entries, see `read_log`} of folders or log files, each once, and the first one's folder."""
     logs = [Path(os.path.abspath(os.path.join(path, "log.txt") if os.path.isdir(path) else path)) for path in paths]
     logs = list(dict.fromkeys(logs))
     names = shorten_paths([log.parent if log.name == "log.txt" else log for log in logs])
-    return [Run(name, read_log(log)) for name, log in zip(names, logs, strict=True)], logs[0].parent
+    return dict(zip(names, map(read_log, logs), strict=True)), logs[0].parent
 
 
 def find_curves(runs, panel):
-    """The curves of a panel of PANELS: of each run and key with a finite value."""
+    """[(name of the run, kind, {epochs done: value})] of each run and key of the panel with a finite value."""
     curves = []
-    for run in runs:
+    for name, epochs in runs.items():
         for key, kind in panel.items():
-            points = [(x, entry[key]) for x, entry in run.epochs.items() if math.isfinite(entry.get(key, math.nan))]
+            points = {done: entry[key] for done, entry in epochs.items() if math.isfinite(entry.get(key, math.nan))}
             if points:
-                curves.append(Curve(run.name, kind, *map(list, zip(*points, strict=True))))
+                curves.append((name, kind, points))
     return curves
 
 
@@ -130,34 +105,29 @@ def draw(runs):
     if not panels:
         raise UserError(f"nothing to draw: no finite value of {', '.join(KEYS)}")
     figure, axes = make_figure(len(panels))
-    colors = dict(zip([run.name for run in runs], choose_colors(len(runs)), strict=True))
-    legend = {}  # style of each kind of curve
+    colors = choose_colors(runs)
+    styles = {}  # of each kind of curve
     for axis, (label, curves) in zip(axes, panels.items(), strict=True):
-        for curve in curves:
-            line, marker = KINDS[curve.kind]
-            style = {"linestyle": line} | ({"marker": marker} if len(curve.x) == 1 else {})
-            axis.plot(curve.x, curve.y, color=colors[curve.run], **style)
-            legend[curve.kind] = {"color": "0.3"} | legend.get(curve.kind, {}) | style
-        axis.set(xlabel="epochs done", ylabel=label)
-        axis.ticklabel_format(axis="y", scilimits=(-2, 5))
-    last = max(next(reversed(run.epochs)) for run in runs)
-    for axis in axes:
-        axis.set_xlim(0, 1.02 * last)
+        for name, kind, points in curves:
+            line, marker = KINDS[kind]
+            style = dict(linestyle=line) | (dict(marker=marker) if len(points) == 1 else {})
+            axis.plot(*zip(*points.items(), strict=True), color=colors[name], **style)
+            styles[kind] = styles.get(kind, {}) | style
+        axis.set(xlabel="epochs done", ylabel=label, xlim=(0, 1.02 * max(map(max, runs.values()))))
         axis.xaxis.get_major_locator().set_params(integer=True, steps=[1, 2, 5, 10])
-    add_names(figure, colors)
-    add_legend(figure, legend, "lower")
+        axis.ticklabel_format(axis="y", scilimits=(-2, 5))
+    add_legends(figure, colors, styles)
     return figure
 
 
-def format_last_values(run):
+def format_last_values(name, epochs):
     """The last value of each key in one line, with its epoch if that is not the last one."""
-    last = next(reversed(run.epochs))
-    words = []
+    words = [f"epochs done {max(epochs):.0f}"]
     for key in KEYS:
-        done = next((epoch for epoch in reversed(run.epochs) if key in run.epochs[epoch]), None)
+        done = max((done for done in epochs if key in epochs[done]), default=None)
         if done is not None:
-            words.append(f"{key} {run.epochs[done][key]:.4g}" + (f" (epoch {done:.0f})" if done != last else ""))
-    return f"{run.name}: {', '.join([f'epochs done {last:.0f}', *words])}"
+            words.append(f"{key} {epochs[done][key]:.4g}" + (f" (epoch {done:.0f})" if done != max(epochs) else ""))
+    return f"{name}: {', '.join(words)}"
 
 
 def main(args):
@@ -165,8 +135,8 @@ def main(args):
     output = args.output or folder / "curves.png"
     check_figure(output)
     save_figure(draw(runs), output)
-    for run in runs:
-        print(format_last_values(run))
+    for name, epochs in runs.items():
+        print(format_last_values(name, epochs))
     print(output)
 
 

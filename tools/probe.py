@@ -18,16 +18,14 @@ from tools.common import add_input_size_arg, add_model_key_arg, choose_input_siz
 
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="in any known form")
-    parser.add_argument(
-        "--data_path", required=True, metavar="FOLDER", help="train/ and val/ of class folders, or DIGITS"
-    )
-    parser.add_argument(
-        "--images_per_class", default=0, type=flags.at_least(0), help="fit on the first images of each class; 0: all"
-    )
-    add_input_size_arg(parser)
-    add_model_key_arg(parser)
-    parser.add_argument("--batch_size", default=64, type=flags.at_least(1), help="images of a forward pass")
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="in any known form")
+    add("--data_path", required=True, metavar="FOLDER", help="train/ and val/ of class folders, or DIGITS")
+    first = "fit on the first images of each class; 0: all"
+    add("--images_per_class", default=0, type=flags.at_least(0), help=first)
+    add_input_size_arg(add)
+    add_model_key_arg(add)
+    add("--batch_size", default=64, type=flags.at_least(1), help="images of a forward pass")
     datasets.add_loader_args(parser)
     flags.add_machine_args(parser, training=False)
     return parser
@@ -38,19 +36,17 @@ def main(args):
 
     flags.check_device(args)
     model, checkpoint = load_network(args.checkpoint, args.model_key)
-    in_chans, stem_stride = model.config["in_chans"], model.config["stem_stride"]
-    size = choose_input_size(args.input_size, checkpoint, 8 * stem_stride)
+    size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
     device = utils.init_distributed_mode(args)
     model = utils.to_device(model, device, args.triton)
-    probe_args = Namespace(**vars(args) | {"in_chans": in_chans, "input_size": size})
+    probe_args = Namespace(**vars(args) | {"in_chans": model.config["in_chans"], "input_size": size})
     sets = datasets.build_probe_sets(probe_args, args.data_path, args.images_per_class)
     loaders = [datasets.build_eval_loader(dataset, probe_args, device) for dataset in sets]
     accuracies, targets, unreadable = probe(model.forward_trunk, loaders, device, lambda: utils.autocast(args, device))
     for name in unreadable:
         utils.log(f"unreadable image, left out: {name}")
-    counts = " and ".join(str(len(classes)) for classes in targets)
     results = f"k-nearest-neighbor {accuracies['probe_knn']:.2f} %  linear {accuracies['probe_linear']:.2f} %"
-    utils.log(f"{args.checkpoint}: {results}  ({counts} images)")
+    utils.log(f"{args.checkpoint}: {results}  ({len(targets[0])} and {len(targets[1])} images)")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_weights, gap, randomise
-from models.checkpoints import get_weights, load_backbone, load_weights, remap_checkpoint_keys, to_timm
 from safetensors.torch import load_file
 from timm.models._manipulate import adapt_input_conv
 
-import utils
-from models.convnextv2 import SIZES, ConvNeXtV2
+from models import convnextv2, fcmae
+from models.convnextv2 import SIZES, Block, ConvNeXtV2
 from models.fcmae import FCMAE
-from utils import UserError
+from models.weights import find_weights, load_backbone, load_weights, remap_checkpoint_keys, to_timm
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 
@@ -39,10 +38,11 @@ def snapshot(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def load_file_into(model, path, checkpoint):
-    """Save a checkpoint, and start the model from that file as --finetune does: its report."""
+def save_and_load(model, checkpoint, path):
+    """Load the file of a checkpoint into the model, as fine-tuning does: the report."""
     torch.save(checkpoint, path)
-    return load_backbone(model, get_weights(utils.load_checkpoint(path), path), path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return load_backbone(model, find_weights(torch.load(path)))
 
 
 # ---- timm
@@ -53,7 +53,7 @@ def test_timm_loads_what_to_timm_writes_and_computes_the_same_logits(size, tmp_p
     sizes = SIZES[size]
     narrow = {"dims": (8, 16, 32, 64)} if size in ("convnextv2_large", "convnextv2_huge") else {}
     model = randomise(ConvNeXtV2(**sizes | narrow)).eval()
-    torch.save(to_timm(model.state_dict()), tmp_path / "timm.pth")
+    torch.save(to_timm(model.state_dict(), model.config), tmp_path / "timm.pth")
     reference = timm.create_model(size, checkpoint_path=str(tmp_path / "timm.pth"), **narrow).eval()
     imgs = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -64,9 +64,9 @@ def test_timm_loads_what_to_timm_writes_and_computes_the_same_logits(size, tmp_p
 def test_weights_of_timm_load_and_compute_the_same_logits(size):
     narrow = {"depths": SIZES[size]["depths"], "dims": (8, 16, 32, 64)}
     reference = randomise(timm.create_model(size, **narrow)).eval()
-    weights = get_weights({"state_dict": reference.state_dict()}, "timm.pth", "state_dict")
+    weights = find_weights({"state_dict": reference.state_dict()}, "state_dict")
     model = ConvNeXtV2(**narrow).eval()
-    load_weights(model, weights, "timm.pth")
+    load_weights(model, weights)
     imgs = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert gap(model(imgs), reference(imgs)) <= 1e-5
@@ -99,11 +99,11 @@ def released(state):
 def test_a_released_fcmae_file_loads_without_a_lost_key(tmp_path):
     state, model = classifier().state_dict(), classifier()
     initial = snapshot(model)
-    report = load_file_into(model, tmp_path / "released.pt", {"model": released(state)})
+    report = save_and_load(model, {"model": released(state)}, tmp_path / "released.pt")
     assert_same_weights(model.state_dict(), {name: (initial if name in TOP else state)[name] for name in state})
     assert report == [
-        f"loaded {len(state) - 4} of {len(state)} tensors from {tmp_path / 'released.pt'}",
-        "initialised anew: norm and head",
+        f"loaded {len(state) - 4} of {len(state)} tensors",
+        "newly initialized: norm and head",
     ]
 
 
@@ -112,8 +112,8 @@ def test_a_file_of_the_originals_minkowski_training_loads_without_a_lost_key(tmp
     state = {name.removeprefix("state."): value for name, value in fixture.items() if name.startswith("state.")}
     model = classifier()
     checkpoint = {"model": state, "epoch": 3, "args": argparse.Namespace(input_size=128)}
-    report = load_file_into(model, tmp_path / "checkpoint-3.pth", checkpoint)
-    assert report[1:] == ["left out 15 tensors of the pre-training's decoder", "initialised anew: norm and head"]
+    report = save_and_load(model, checkpoint, tmp_path / "checkpoint-3.pth")
+    assert report[1:] == ["left out 15 tensors of the pre-training's decoder", "newly initialized: norm and head"]
 
     loaded, seen = model.state_dict(), set()
     for name in [name for name in state if name.startswith("encoder.")]:
@@ -135,10 +135,94 @@ def test_a_file_of_the_originals_minkowski_training_loads_without_a_lost_key(tmp
 def test_a_pre_training_checkpoint_of_this_project_loads_without_its_decoder(stem_stride, tmp_path):
     pretrained = randomise(FCMAE(64, patch_size=8 * stem_stride, decoder_embed_dim=16, **SMALL)).state_dict()
     model = classifier(stem_stride=stem_stride)
-    report = load_file_into(model, tmp_path / "checkpoint-0.pth", {"model": pretrained, "epoch": 1})
+    report = save_and_load(model, {"model": pretrained, "epoch": 1}, tmp_path / "checkpoint-0.pth")
     loaded = model.state_dict()
     assert all(torch.equal(loaded[name], pretrained[f"encoder.{name}"]) for name in backbone_of(loaded))
     assert "left out 15 tensors of the pre-training's decoder" in report
+
+
+def test_whatever_is_beside_the_encoder_is_its_decoder():
+    pretrained, model = FCMAE(64, decoder_embed_dim=16, **SMALL), classifier()
+    pretrained.second_head = torch.nn.Linear(16, 2)
+    report = load_backbone(model, pretrained.state_dict())
+    assert "left out 17 tensors of the pre-training's decoder" in report
+
+
+# ---- Networks are rebuilt from their configuration
+
+
+class BlockWithoutGRN(Block):
+    """A block as a researcher may change it, with an option of its own."""
+
+    def __init__(self, dim, drop_path=0.0, grn=True):
+        super().__init__(dim, drop_path)
+        if not grn:
+            self.grn = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ConvNeXtV2(1, 7, stem_stride=2, drop_path_rate=0.1, head_init_scale=0.5, **SMALL),
+        FCMAE((16, 24), 1, patch_size=8, mask_ratio=0.5, decoder_depth=2, decoder_embed_dim=16, **SMALL),
+    ],
+)
+def test_a_configuration_survives_a_file_and_rebuilds_the_model(model, tmp_path):
+    torch.save(model.config, tmp_path / "config.pth")
+    rebuilt = type(model)(**torch.load(tmp_path / "config.pth"))
+    assert rebuilt.config == model.config
+    rebuilt.load_state_dict(model.state_dict())
+    assert str(rebuilt) == str(model)
+
+
+def test_an_option_of_the_block_reaches_encoder_decoder_and_classifier_and_is_refused_by_timm(monkeypatch):
+    monkeypatch.setattr(convnextv2, "Block", BlockWithoutGRN)
+    monkeypatch.setattr(fcmae, "Block", BlockWithoutGRN)
+
+    class SparseBlock(fcmae.SparseConvNeXtV2.block, BlockWithoutGRN):
+        pass
+
+    monkeypatch.setattr(fcmae.SparseConvNeXtV2, "block", SparseBlock)
+    monkeypatch.setattr(ConvNeXtV2, "block", BlockWithoutGRN)
+    pretrained = randomise(FCMAE(64, decoder_embed_dim=16, grn=False, **SMALL))
+    assert not [name for name in pretrained.state_dict() if "grn" in name]
+    checkpoint = {"model": pretrained.state_dict(), "config": pretrained.config}
+    imgs, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 4)
+    assert torch.equal(fcmae.from_checkpoint(checkpoint)(imgs, noise=noise)[0], pretrained(imgs, noise=noise)[0])
+    model, report = convnextv2.from_checkpoint(checkpoint)
+    assert model.config["grn"] is False and report[-1] == "newly initialized: norm and head"
+    assert gap(model.forward_trunk(imgs), pretrained.encode_all(imgs)) < 1e-5
+    with pytest.raises(ValueError, match="options grn"):
+        to_timm(model.state_dict(), model.config)
+    with pytest.raises(ValueError, match="stages.0.0.grn.beta is missing"):
+        to_timm(model.state_dict())
+
+
+@pytest.mark.parametrize("args", [{"norm_pix_loss": False}, argparse.Namespace(norm_pix_loss=False), {}, None])
+def test_an_fcmae_without_a_configuration_is_inferred_from_its_weights(args):
+    model = FCMAE(32, 1, patch_size=16, decoder_depth=2, decoder_embed_dim=16, **SMALL)
+    built = fcmae.from_checkpoint({"model": model.state_dict(), "args": args})
+    assert str(built) == str(model) and built.norm_pix_loss == (not args)
+
+
+def test_weights_that_are_not_of_an_fcmae_or_a_convnextv2_are_refused():
+    with pytest.raises(ValueError, match="no proj.weight, mask_token, pred.weight: must be an FCMAE"):
+        fcmae.from_checkpoint({"model": classifier().state_dict()})
+    with pytest.raises(ValueError, match="no downsample_layers.0.0.weight.*: must be the weights of a ConvNeXt V2"):
+        convnextv2.from_checkpoint({"model": {"fc.weight": torch.ones(2)}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state | {"stages.0.0.gate.weight": torch.ones(1)}, "stages.0.0.gate.weight has no place there"),
+        (lambda state: without(state, "stages.2.1.grn.beta"), "stages.2.1.grn.beta is missing"),
+        (lambda _: classifier(stem_stride=2).state_dict(), "stem stride 2"),
+    ],
+)
+def test_timm_has_no_place_for_another_network(change, message):
+    with pytest.raises(ValueError, match=message):
+        to_timm(change(classifier().state_dict()))
 
 
 # ---- Where the weights are in a file
@@ -174,7 +258,7 @@ def prefixed(state, prefix):
 )
 def test_weights_are_found_in_every_wrapper(wrap, flags):
     state = classifier().state_dict()
-    assert_same_weights(get_weights(wrap(state), "a.pth", **flags), state)
+    assert_same_weights(find_weights(wrap(state), **flags), state)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +273,9 @@ def test_weights_are_found_in_every_wrapper(wrap, flags):
     ids=["no key", "another key", "no tensors", "no such prefix", "empty"],
 )
 def test_a_file_without_weights_there_is_refused_with_what_it_has(checkpoint, flags, words):
-    with pytest.raises(UserError) as error:
-        get_weights(checkpoint, "a.pth", **flags)
-    assert not [word for word in ["a.pth: ", *words] if word not in str(error.value)], error.value
+    with pytest.raises(ValueError) as error:
+        find_weights(checkpoint, **flags)
+    assert not [word for word in words if word not in str(error.value)], error.value
 
 
 # ---- What does not fit
@@ -230,45 +314,41 @@ def without(state, name):
             lambda state: prefixed(backbone_of(state), "encoder.") | {"encoder.gate": torch.ones(3)},
             ["1 diff", "gate is not of this model"],
         ),
-        (
-            lambda state: prefixed(backbone_of(state), "encoder.") | {"gate": torch.ones(3)},
-            ["1 diff", "gate is not of this model"],
-        ),
     ],
     ids=(
         "extra key, decoder without an encoder, no GRN beta, head without a bias, a block more, a block less, "
-        "stem stride, stem stride and channels, width, transposed, extra key of an encoder, beside an encoder"
+        "stem stride, stem stride and channels, width, transposed, extra key of an encoder"
     ).split(", "),
 )
 def test_a_difference_that_is_not_explained_is_an_error_and_loads_nothing(change, words):
     model = classifier()
     initial = snapshot(model)
-    with pytest.raises(UserError) as error:
-        load_backbone(model, remap_checkpoint_keys(change(classifier().state_dict())), "a.pth")
-    assert not [word for word in ["a.pth: ", *words] if word not in str(error.value)], error.value
+    with pytest.raises(ValueError) as error:
+        load_backbone(model, remap_checkpoint_keys(change(classifier().state_dict())))
+    assert not [word for word in words if word not in str(error.value)], error.value
     assert_same_weights(model.state_dict(), initial)
 
 
 def test_a_head_of_another_number_of_classes_is_left_out_and_the_rest_is_kept():
     state, model = classifier(num_classes=7).state_dict(), classifier(num_classes=5)
     initial = snapshot(model)
-    report = load_backbone(model, state, "a.pth")
+    report = load_backbone(model, state)
     loaded = model.state_dict()
     assert_same_weights(loaded, {k: (initial if k.startswith("head.") else state)[k] for k in state})
-    assert report[1:] == ["left out the head: it has 7 classes, not 5", "initialised anew: head"]
+    assert report[1:] == ["left out the head: it has 7 classes, not 5", "newly initialized: head"]
 
 
 def test_a_head_of_the_same_number_of_classes_is_kept():
     state, model = classifier().state_dict(), classifier()
-    assert load_backbone(model, state, "a.pth") == [f"loaded {len(state)} of {len(state)} tensors from a.pth"]
+    assert load_backbone(model, state) == [f"loaded {len(state)} of {len(state)} tensors"]
     assert_same_weights(model.state_dict(), state)
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
-def test_evaluating_a_pre_training_checkpoint_hints_at_finetune(pretrained):
+def test_loading_a_pre_training_checkpoint_as_a_classifier_hints_at_finetune(pretrained):
     others = FCMAE(64, decoder_embed_dim=16, **SMALL) if pretrained else classifier(num_classes=7)
-    with pytest.raises(UserError, match="a.pth: a checkpoint of another model: .* differences") as error:
-        load_weights(classifier(), others.state_dict(), "a.pth")
+    with pytest.raises(ValueError, match="a checkpoint of another model: .* differences") as error:
+        load_weights(classifier(), others.state_dict())
     assert ("--finetune" in str(error.value)) == pretrained
 
 
@@ -278,7 +358,7 @@ def test_evaluating_a_pre_training_checkpoint_hints_at_finetune(pretrained):
 def adapted(before, now):
     """The stem's weight before, after loading it for another number of channels, and the report of that."""
     state, model = classifier(in_chans=before).state_dict(), classifier(in_chans=now)
-    report = load_backbone(model, state, "a.pth")
+    report = load_backbone(model, state)
     stem = "downsample_layers.0.0.weight"
     assert_same_weights(without(model.state_dict(), stem), without(state, stem))
     return state[stem], model.state_dict()[stem], report[1:]
