@@ -1,4 +1,4 @@
-# Each target makes its own virtual environment. PYTHON: which Python to make it from. Options of pytest: make test T="-k name"
+# Each target creates the virtual environment that it needs, with PYTHON. Options of pytest: make test T="-k name"
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -13,7 +13,8 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 $(VENV)/ready-to-test: $(VENV)/ready
-	$(BIN)/pip install --quiet pytest pytest-xdist ruff safetensors matplotlib
+	$(BIN)/pip install --quiet pytest pytest-xdist ruff safetensors matplotlib \
+	    peft torch-pruning fvcore thop torchao
 	touch $@
 
 PRETRAIN = $(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)

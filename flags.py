@@ -39,7 +39,7 @@ class FlagParser(argparse.ArgumentParser):
         return shlex.split(arg_line, comments=True)
 
     def error(self, message):
-        """End with one line, on the main process, instead of the usage of a hundred flags: `--flag VALUE: must be ...`."""
+        """End with one line, on the main process, instead of the usage of a hundred flags."""
         message = re.sub(r"^argument (--\w+)[^:]*: (?=.*: must be )", r"\1 ", message)
         line = f"{self.prog}: error: {message}; --help lists all flags\n"
         self.exit(2, line if utils.is_main_process() else None)

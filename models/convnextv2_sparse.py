@@ -36,14 +36,20 @@ class SparseBlock(Block):
         return x + self.drop_path(self.mlp(sparse_depthwise_conv(x, self.dwconv, sites)))
 
 
+def squares_to_channels(imgs, side):
+    """`F.pixel_unshuffle`, also of a batch of 0: (N, C, H, W) -> (N, C * side * side, H / side, W / side)."""
+    n, c, height, width = imgs.shape
+    x = imgs.reshape(n, c, height // side, side, width // side, side).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(n, c * side * side, height // side, width // side)
+
+
 class SparseStem(nn.Sequential):
     """Convolution and norm: images (N, in_chans, H, W) -> packed rows (N, S, C) of the first stage."""
 
     def forward(self, imgs, sites):
         conv, norm = self
         if is_patch_conv(conv, imgs):
-            stride = conv.stride[0]
-            pixels = pack(F.pixel_unshuffle(imgs, stride), sites)  # (N, S, in_chans * stride * stride)
+            pixels = pack(squares_to_channels(imgs, conv.stride[0]), sites)  # (N, S, in_chans * stride * stride)
             x = F.linear(pixels, conv.weight.flatten(1), conv.bias)
         else:
             x = pack(conv(imgs), sites)

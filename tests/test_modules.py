@@ -525,6 +525,8 @@ def test_a_batch_of_0():
     assert classifier(empty).shape == (0, 5)
     assert classifier(empty, window=(1, 1)).shape == (0, 5)
     classifier(empty).sum().backward()
+    encoder, mask = SparseConvNeXtV2(**TINY), torch.zeros(0, 4)
+    assert encoder(empty, mask, visible=mask[:, :2].long()).shape == (0, encoder.dims[-1], 2, 2)
 
 
 # ---- The models alone
