@@ -81,6 +81,7 @@ def test_help_waits_for_no_heavy_import():
     heavy = ["timm", "torchvision", "sklearn", "matplotlib", "triton", "torch._dynamo"]
     code = f"""if True:
         import importlib, sys, utils
+        from flags import FlagParser
         for name in {names}:
             parser = importlib.import_module(f"tools.{{name}}").get_args_parser()
             assert "--" in FlagParser(parents=[parser]).format_help()
@@ -375,6 +376,11 @@ def test_probe_reports_mistakes_in_one_line(tool, pretrained, flags, words):
 BENCHMARK = "--model convnextv2_atto --batch_size 1 --input_size 64 --rounds 1 --device cpu --json --part".split()
 
 
+def make_row(model, name, *_):
+    """A row without its memory, which takes a process."""
+    return dict(contestant=name, times_ms=[], peak_mib=2)
+
+
 def check_report(out, names):
     report = json.loads(out)
     rows = {row["contestant"]: row for row in report["models"][0]["contestants"]}
@@ -400,7 +406,7 @@ def test_benchmark_measures_memory_in_a_fresh_process():
     ],
 )
 def test_benchmark_times_every_contestant(tool, part, names, monkeypatch):
-    monkeypatch.setattr(benchmark, "measure_peak_in_fresh_process", lambda *_: dict(peak_mib=2))  # in the test above
+    monkeypatch.setattr(benchmark, "make_row_in_fresh_process", make_row)  # in the test above
     monkeypatch.setattr(benchmark, "measure_ceilings", lambda _: {})
     check_report(tool("benchmark", *BENCHMARK, part).out, names)
 
@@ -414,7 +420,7 @@ def test_a_contestant_that_fails_says_so_in_its_row_and_the_others_continue(tool
     def make_step(model, name, *_):
         return (lambda: 1 / 0) if name == "timm" else (lambda: time.sleep(0.001))
 
-    monkeypatch.setattr(benchmark, "measure_peak_in_fresh_process", lambda *_: dict(peak_mib=2))
+    monkeypatch.setattr(benchmark, "make_row_in_fresh_process", make_row)
     monkeypatch.setattr(benchmark, "measure_ceilings", lambda _: {})
     monkeypatch.setattr(contestants, "make_step", make_step)
     out = tool("benchmark", *BENCHMARK, "finetune", "--json", "false").out
@@ -425,7 +431,9 @@ def test_benchmark_times_loaders(tool, monkeypatch):
     monkeypatch.setattr(loaders, "COUNTS", {(50, 40): 8})
     flags = "--part loader --input_size 64 --rounds 3".split()
     results = json.loads(tool("benchmark", *flags, "--json").out)["files"]
-    assert [result["files"] for result in results] == [f"{name}, JPEGs of 50 x 40" for name in loaders.MAKE_STEPS]
+    assert [result["files"] for result in results] == [
+        f"{name}, JPEGs of 50 x 40" for name in ("pre-training", "fine-tuning")
+    ]
     for result in results:
         original, *others = result["contestants"]
         assert original["times_original"] == 1 and len(others) == 2 - result["files"].startswith("fine")
@@ -444,10 +452,10 @@ def test_loaders_of_the_benchmark_deliver_as_many_images(tmp_path, monkeypatch):
         ((imgs, _),) = loaders.original_loader(tmp_path, transform)
         assert imgs.shape == (8, 3, 64, 64) and imgs.dtype == torch.float32 and imgs.min() < 0
     assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is datasets.posterize
-    (batch,) = loaders.finetune_loader(tmp_path, 64)
+    (batch,) = loaders.project_loader("fine-tuning", tmp_path, 64)
     assert batch.imgs.shape == (8, 3, 64, 64) and batch.imgs.dtype == torch.uint8
     for repeats in (1, 4):
-        loader = loaders.pretrain_loader(tmp_path, 32, repeats)
+        loader = loaders.project_loader("pre-training", tmp_path, 32, repeats)
         (batch,) = loader
         assert batch.imgs.shape == (8, 3, 32, 32) and batch.imgs.dtype == torch.uint8
         (keys,) = loader.batch_sampler

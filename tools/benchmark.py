@@ -108,7 +108,7 @@ def make_row_in_fresh_process(model, contestant, batch_size, args):
         try:
             return pool.submit(make_row, model, contestant, batch_size, args).result()
         except BrokenProcessPool:
-            return dict(contestant=contestant, times_ms=[], error="its process died: out of memory?")
+            return dict(contestant=contestant, times_ms=[], peak_mib=None, error="its process died: out of memory?")
 
 
 # ---------------------------------------------------------------- comparisons
@@ -140,8 +140,12 @@ def compare_steps(model, names, batch_size, args):
     torch.compiler.reset()
     # Memory first, before anything of this process is on the device
     rows = {name: make_row_in_fresh_process(model, name, batch_size, args) for name in names}
-    makes = {name: attempt(row, contestants.make_step, model, name, batch_size, args) for name, row in rows.items()}
-    time_rounds(rows, {name: step for name, step in makes.items() if step}, batch_size, args)
+    steps = {}
+    for name, row in rows.items():
+        step = None if "error" in row else attempt(row, contestants.make_step, model, name, batch_size, args)
+        if step is not None:
+            steps[name] = step
+    time_rounds(rows, steps, batch_size, args)
     return dict(model=model, batch_size=batch_size, contestants=list(rows.values()))
 
 
@@ -158,7 +162,6 @@ def compare_loaders(args):
     """Measure the loaders, for each size of files: yields a dict with a row for each contestant."""
     from tools import loaders
 
-    torch.set_num_threads(1)  # as DataLoader's workers have
     for size, count in loaders.COUNTS.items():
         with tempfile.TemporaryDirectory() as folder:
             loaders.draw_jpegs(Path(folder) / "photographs", count, size)
@@ -217,11 +220,8 @@ def print_header(report):
         if title in report:
             print(f"{title}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report[title].items()))
     if "floor" in report:
-        print(
-            "floor: {visible}/{patches} patches visible = {ratio:.2f} of dense unmasked's encoder".format(
-                **report["floor"]
-            )
-        )
+        floor = "floor: {visible}/{patches} patches visible = {ratio:.2f} of dense unmasked's encoder"
+        print(floor.format(**report["floor"]))
         for contestant, reason in report["left_out"].items():
             print(f"{contestant} left out: {reason}")
 
@@ -286,7 +286,9 @@ def check_args(args):
 def main(args):
     check_args(args)
     loader = args.part == "loader"
-    args = Namespace(**vars(args) | {"device": "cpu"}) if loader else args
+    if loader:
+        torch.set_num_threads(1)  # as DataLoader's workers have
+        args = Namespace(**vars(args) | {"device": "cpu"})
     report = describe_conditions(args)
     if not args.json:
         print_header(report)

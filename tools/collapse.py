@@ -135,9 +135,8 @@ def print_tables(curves):
         table = [[layer[2:] for layer in curves[name]] for name in names]
         means = [[statistics.fmean(values) for values in zip(*column, strict=True)] for column in table]
         indices = [f"{layer.index:.2f}" for layer in curves[names[0]]]
-        for block, index, row in zip(
-            [*blocks, "mean"], [*indices, ""], [*zip(*table, strict=True), means], strict=True
-        ):
+        rows = [*zip(*table, strict=True), means]
+        for block, index, row in zip([*blocks, "mean"], [*indices, ""], rows, strict=True):
             cells = (f"{before:>{width - 16}.3f}{after:>8.3f}{100 * dead:>8.1f}" for before, after, dead in row)
             print(f"{block:<12}{index:>6}{''.join(cells)}")
 

@@ -1,4 +1,4 @@
-"""Figures by matplotlib, an optional extra: panels, colors, legends, the file. No window opens, whatever the backend."""
+"""Figures by matplotlib, an optional extra: panels, colors, legends, the file. No window opens."""
 
 import os
 import tempfile

@@ -66,11 +66,11 @@ def original_loader(folder, transform):
 
 def project_loader(training, folder, input_size, repeats=1):
     """The project's, with the default flags of a training: one batch of as many samples as there are images, uint8."""
-    script = main_pretrain if training == "pre-training" else main_finetune
+    pretraining = training == "pre-training"
+    script = main_pretrain if pretraining else main_finetune
     count = sum(path.is_file() for path in folder.rglob("*"))
     command = f"--data_set image_folder --input_size {input_size} --batch_size {count} --num_workers 0 --no-pin_mem"
     args = script.get_args_parser().parse_args([*command.split(), "--data_path", str(folder)])
-    pretraining = training == "pre-training"
     dataset = datasets.build_pretrain_dataset(args) if pretraining else datasets.build_dataset(True, args)[0]
     loader, _ = datasets.build_train_loader(dataset, args, "cpu", repeats)
     return loader
