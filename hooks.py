@@ -129,7 +129,7 @@ class Console(Hook):
         others = "".join(f"  {name} {value:.4g}" for name, value in lap.items() if name not in self.PLACED)
         line = (
             f"epoch {run.epoch:>{len(str(epochs))}}/{epochs}  step {run.step:>{len(str(steps))}}/{steps}"
-            f"  loss {lap['loss']:.4f} (epoch {run.epoch_means['loss'].value:.4f}){others}  lr {run.lr:.2e}"
+            f"  loss {lap['loss']:.4f} (epoch {run.epoch_means.values()['loss']:.4f}){others}  lr {run.lr:.2e}"
             f"  {rate:.{0 if rate >= 10 else 2}f} img/s  data {lap['data_seconds']:.3f} s/batch"
             f"  eta {format_seconds(left)}"
         )

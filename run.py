@@ -34,30 +34,19 @@ def check_watch_args(args, watch, metrics):
 # ---------------------------------------------------------------- the state of a run
 
 
-class Mean:
-    """A running mean."""
+class Means:
+    """Running means by name; totals: {name: (sum, count)}."""
 
-    def __init__(self, sum=0.0, count=0):
-        self.sum, self.count = sum, count
-
-    def add(self, value):
-        self.sum += value
-        self.count += 1
-
-    @property
-    def value(self):
-        return self.sum / max(self.count, 1)
-
-
-class Means(dict):
-    """`Mean`s by name."""
+    def __init__(self, totals=()):
+        self.totals = dict(totals)
 
     def add(self, values):
         for name, value in values.items():
-            self.setdefault(name, Mean()).add(value)
+            total, count = self.totals.get(name, (0.0, 0))
+            self.totals[name] = (total + value, count + 1)
 
-    def values_by_name(self):
-        return {name: mean.value for name, mean in self.items()}
+    def values(self):
+        return {name: total / count for name, (total, count) in self.totals.items()}
 
 
 class Run:
@@ -161,7 +150,7 @@ class Run:
         images = self.lap_batches * self.args.batch_size * utils.get_world_size()
         seconds = time.perf_counter() - self.lap_start
         self.epoch_images, self.epoch_seconds = self.epoch_images + images, self.epoch_seconds + seconds
-        self.lap = self.lap_means.values_by_name() | {
+        self.lap = self.lap_means.values() | {
             "images_per_second": images / seconds,
             "data_seconds": self.data_seconds / self.lap_batches,
         }
@@ -206,7 +195,7 @@ class Run:
 
     def close_epoch(self):
         """Complete the metrics of an epoch, and note whether it is the best."""
-        train = {f"train_{name}": value for name, value in self.epoch_means.values_by_name().items()}
+        train = {f"train_{name}": value for name, value in self.epoch_means.values().items()}
         train["train_lr"] = self.lr
         if self.epoch_seconds:
             train["images_per_second"] = round(self.epoch_images / self.epoch_seconds, 1)
@@ -236,7 +225,7 @@ class Run:
         """What a checkpoint keeps besides weights, optimizer, scaler, position and flags."""
         return {
             "lr": self.lr,
-            "epoch_means": {name: [mean.sum, mean.count] for name, mean in self.epoch_means.items()},
+            "epoch_means": self.epoch_means.totals,
             "unreadable_images": list(self.unreadable_images),
             "best": self.best,
             "class_names": self.class_names,
@@ -252,8 +241,7 @@ class Run:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         if self.step:
-            means = checkpoint["epoch_means"].items()
-            self.epoch_means, self.lr = Means((name, Mean(*mean)) for name, mean in means), checkpoint["lr"]
+            self.epoch_means, self.lr = Means(checkpoint["epoch_means"]), checkpoint["lr"]
         self.unreadable_images = dict.fromkeys(checkpoint["unreadable_images"])
         self.best = {name: best for name, best in checkpoint["best"].items() if name in self.watched}
         self.hook_states = checkpoint["hooks"]
