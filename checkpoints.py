@@ -128,12 +128,23 @@ def write_whole(path, write):
 
 def save_whole(path, content):
     """torch.save as by `write_whole`. Raises OSError with the path and the system's reason."""
+    check_loadable(content, Path(path).name)
     try:
         write_whole(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:
         # torch reports a failed write in words of its own; the system's reason is its context
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path}: {getattr(reason, 'strerror', None) or reason}") from error
+
+
+def check_loadable(content, name):
+    """Raise TypeError, naming the entry, for what `weights_only` refuses to load, such as NumPy scalars."""
+    if isinstance(content, dict | list | tuple):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in items:
+            check_loadable(value, f"{name}[{key!r}]")
+    elif not torch.is_tensor(content) and type(content) not in (bool, int, float, str, bytes, type(None)):
+        raise TypeError(f"{name} is a {type(content).__name__}: must be a tensor, number, string, list or dict")
 
 
 def remove_half_written(folder):

@@ -1,11 +1,9 @@
 """From flags to batches: which samples, in which order, how they are augmented.
 
-Every random draw of a sample (crop, flip, augmentation, mask noise) is a function of (seed, epoch, index, repeat), and
-the order of an epoch one of (seed, epoch). So neither the number of workers nor that of ranks changes a sample, and a
-run resumes at any step without a saved generator state.
+Every random draw of a sample is a function of (seed, epoch, index, repeat), and the order of an epoch one of (seed,
+epoch), whatever the number of workers and ranks; a run resumes at any step without a saved generator state.
 """
 
-import contextlib
 import functools
 import itertools
 import os
@@ -20,17 +18,7 @@ from PIL import Image
 import flags
 import utils
 from flags import Switch, at_least, fraction
-from images import (
-    RandomCrop,
-    Subset,
-    build_images,
-    check_color_mode,
-    decode,
-    decode_fast,
-    pixel_statistics,
-    to_tensor,
-    try_open,
-)
+from images import RandomCrop, Subset, build_images, check_color_mode, decode, pixel_statistics, try_open
 from utils import UserError
 
 # ---------------------------------------------------------------- flags
@@ -46,11 +34,9 @@ def add_loader_args(parser):
 def add_unlabelled_args(parser):
     """The flags of images for pre-training."""
     add = parser.add_argument_group("data").add_argument
-    data_sets = ("image_folder", "DIGITS")
-    add("--data_set", default="image_folder", choices=data_sets, help="DIGITS comes with scikit-learn")
+    add("--data_set", default="image_folder", choices=("image_folder", "DIGITS"), help="DIGITS comes with scikit-learn")
     add("--data_path", metavar="FOLDER", help="images, nested or flat; its train/ if it has one")
-    area = "range of the crop's area, as a fraction of the image"
-    add("--scale", default=(0.2, 1.0), type=float, nargs=2, help=area)
+    add("--scale", default=(0.2, 1.0), type=float, nargs=2, help="range of the crop's area, as a fraction of the image")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     crops = "crops per decoded image, each with its own mask; must divide --batch_size"
     add("--repeated_sampling", default=1, type=at_least(1), help=crops)
@@ -128,15 +114,13 @@ def check_labelled_args(args):
 
 def build_pretrain_dataset(args):
     """The `PretrainDataset` of the flags, on all ranks. Raises UserError as `build_images` does."""
-    images = utils.on_all_ranks(
-        lambda: build_images(args.data_set, args.data_path, "train", args.in_chans, labelled=False)
-    )
+    images = utils.on_all_ranks(lambda: build_images(args.data_set, args.data_path, "train", args.in_chans, False))
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
     return PretrainDataset(images, args.input_size, height * width, args.seed, args.scale, args.hflip)
 
 
 def build_dataset(is_train, args, class_names=None):
-    """The data set for training or evaluation, and its number of classes. class_names: as in `build_images`."""
+    """The data set for training or evaluation, and its number of classes."""
     flag, path, split = "--data_path", args.data_path, "train" if is_train else "val"
     if not is_train and args.eval_data_path:
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
@@ -152,7 +136,7 @@ def build_dataset(is_train, args, class_names=None):
 def build_labelled_sets(args, class_names=None):
     """Training set (None with --eval), evaluation set (None with --disable_eval), and the names of their classes.
 
-    class_names: of the checkpoint that is evaluated. On all ranks; raises UserError as `build_images` does.
+    class_names: of the checkpoint that is evaluated. On all ranks. Raises UserError.
     """
     train = evaluation = None
     if not args.eval:
@@ -169,10 +153,7 @@ def build_labelled_sets(args, class_names=None):
 
 
 def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
-    """Two `EvalDataset`s, to fit a probe and to test it, on all ranks. Raises UserError as `build_images` does.
-
-    data_path: train/ and val/ of class folders, or DIGITS. images_per_class: fit on the first of each only; 0: on all.
-    """
+    """Two `EvalDataset`s, to fit a probe and to test it, on all ranks. Raises UserError as `build_images` does."""
     data_set = "DIGITS" if data_path == "DIGITS" else "IMNET"
 
     def build():
@@ -184,18 +165,12 @@ def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     return [EvalDataset(images, transform) for images in utils.on_all_ranks(build)]
 
 
-# ---------------------------------------------------------------- in which order
-
-
 class EpochSampler(torch.utils.data.Sampler):
     """Batches of keys (epoch, index, repeat) for one rank, in an order that is a function of (seed, epoch).
 
-    An optimizer step takes the next batch_size * update_freq * world_size samples of the order, however they are
-    divided. An epoch has whole steps only: the rest of its order is left out, a different one each epoch.
-
-    repeats: samples per decoded image, all in one batch; must divide batch_size ("repeated sampling" of MAE-ST and
-    Hiera). An epoch still has as many samples as there are images: each takes 1 / repeats of them, and that many epochs
-    take all.
+    A step takes the next batch_size * update_freq * world_size samples, however they are divided; an epoch has whole
+    steps only. repeats: samples per image, all in one batch; must divide batch_size ("repeated sampling" of MAE-ST and
+    Hiera). An epoch takes 1 / repeats of the images, and that many epochs take all.
     """
 
     def __init__(self, num_samples, batch_size, update_freq, seed, rank=0, world_size=1, repeats=1):
@@ -226,15 +201,11 @@ class EpochSampler(torch.utils.data.Sampler):
 
     def take_batch(self, order, batch):
         count = self.batch_size // self.repeats
-        first = (batch * self.world_size + self.rank) * count
-        return order[first : first + count].tolist()
+        return order[(batch * self.world_size + self.rank) * count :][:count].tolist()
 
     def batch_indices(self, epoch, batch):
         """The images of this rank's batch of that number, counted from the start of the epoch."""
         return self.take_batch(self.order(epoch), batch)
-
-
-# ---------------------------------------------------------------- samples
 
 
 def read_or_next(images, index, read):
@@ -251,13 +222,12 @@ def read_or_next(images, index, read):
 class PretrainDataset(torch.utils.data.Dataset):
     """Random crops with the noise of their masks: dataset[epoch, index, repeat].
 
-    A sample is (image (C, H, W) uint8, noise (L,), names of unreadable files). Crops are resized with antialiased
-    bicubic interpolation. An image that cannot be read is replaced by the next that can, and the sample names it.
+    A sample is (image (C, H, W) uint8, noise (L,), names of unreadable files, each replaced by the next readable one).
     """
 
     def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5):
         self.images, self.num_patches, self.seed, self.hflip = images, num_patches, seed, hflip
-        self.random_crop = RandomCrop(input_size, scale, "bicubic", decode_fast, images.in_chans)
+        self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, fast=True)
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
@@ -275,7 +245,7 @@ class PretrainDataset(torch.utils.data.Dataset):
     def read(self, image, keys):
         """(image (C, H, W) uint8, noise (L,)) of an opened image, for each key."""
         noises, crops, flips = zip(*[self.draw(image, key) for key in keys], strict=True)
-        cuts = [to_tensor(cut) for cut in self.random_crop.cut(image, crops)]
+        cuts = self.random_crop.cut(image, crops)
         return [(cut.flip(2) if flip else cut, noise) for cut, flip, noise in zip(cuts, flips, noises, strict=True)]
 
     def draw(self, image, key):
@@ -288,8 +258,7 @@ class PretrainDataset(torch.utils.data.Dataset):
 class TrainDataset(torch.utils.data.Dataset):
     """Augmented images with their classes: dataset[epoch, index, repeat].
 
-    A sample is (image (C, H, W) uint8, class, index, names of unreadable files), which are replaced as in
-    `PretrainDataset`. transform: see `build_transform`.
+    A sample is (image (C, H, W) uint8, class, index, names of unreadable files, replaced as in `PretrainDataset`).
     """
 
     def __init__(self, images, transform, seed):
@@ -300,8 +269,14 @@ class TrainDataset(torch.utils.data.Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):
-        with preserved_rng():
-            return [self.load(key) for key in keys]
+        """The samples of a batch; torch's, NumPy's and Python's generators on the CPU are left as they were."""
+        numpy_state, python_state = np.random.get_state(), random.getstate()
+        with torch.random.fork_rng(devices=()):
+            try:
+                return [self.load(key) for key in keys]
+            finally:
+                np.random.set_state(numpy_state)
+                random.setstate(python_state)
 
     def load(self, key):
         seed = utils.derive_seed(self.seed, *key)
@@ -310,18 +285,6 @@ class TrainDataset(torch.utils.data.Dataset):
         random.seed(seed)
         image, index, unreadable = read_or_next(self.images, key[1], self.read)
         return self.augment(image), int(self.images.targets[index]), index, unreadable
-
-
-@contextlib.contextmanager
-def preserved_rng():
-    """Afterwards torch's, NumPy's and Python's generators are as before; on the CPU."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=()):
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
 
 
 class EvalDataset(torch.utils.data.Dataset):
@@ -355,8 +318,7 @@ def build_transform(is_train, args):
 
 
 def build_train_transform(args):
-    """timm's: random crop, flip, RandAugment or color jitter. Images of at most 32 pixels, as usual for CIFAR, are not
-    cropped but shifted by up to 4 pixels."""
+    """timm's: random crop (up to 32 pixels, a shift by up to 4), flip, RandAugment or color jitter."""
     from timm.data import auto_augment, create_transform
     from torchvision.transforms import InterpolationMode, v2
 
@@ -374,7 +336,7 @@ def build_train_transform(args):
         auto_augment=args.aa,
         interpolation=args.train_interpolation,  # of RandAugment
     )
-    read = RandomCrop(size, (0.08, 1.0), args.train_interpolation, decode, in_chans)
+    read = RandomCrop(size, (0.08, 1.0), args.train_interpolation, in_chans)
     if min(size) <= 32:
         resize = v2.Resize(size, InterpolationMode.BICUBIC)
         read = v2.Compose([functools.partial(decode, in_chans=in_chans), resize, v2.RandomCrop(size, padding=4)])
@@ -382,7 +344,7 @@ def build_train_transform(args):
 
 
 def posterize(image, bits, **_):
-    """timm's operation, also for the 0 bits that it may draw: those leave black, and Pillow from 13 on refuses them."""
+    """timm's operation, also for the 0 bits that it may draw, which Pillow from 13 on refuses."""
     from timm.data import auto_augment
 
     return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
@@ -428,12 +390,11 @@ class LabelledBatch(NamedTuple):
 
     @staticmethod
     def collate(samples):
-        read = [sample[:3] for sample in samples if sample[0] is not None]
-        imgs, targets, indices = zip(*read, strict=True) if read else ((torch.empty(0),), (), ())
         unreadable = sum((sample[3] for sample in samples), [])
-        return LabelledBatch(
-            torch.stack(imgs) if read else torch.empty(0), torch.tensor(targets), torch.tensor(indices), unreadable
-        )
+        read = [sample[:3] for sample in samples if sample[0] is not None]
+        imgs, targets, indices = zip(*read, strict=True) if read else ((), (), ())
+        imgs = torch.stack(imgs) if read else torch.empty(0)
+        return LabelledBatch(imgs, torch.tensor(targets), torch.tensor(indices), unreadable)
 
 
 def build_train_loader(dataset, args, device, repeats=1):
@@ -470,6 +431,6 @@ def build_loader(dataset, batch_sampler, args, device):
 
 
 def ignore_stop_signals(worker):
-    """In a worker: signals to the whole job are for the main process, which needs its workers until it has saved."""
+    """In a worker: the main process needs its workers until it has saved."""
     for signum in utils.STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -41,7 +41,7 @@ def optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args
                 terms = loss if isinstance(loss, dict) else {}
                 loss = sum(terms.values()) if terms else loss
                 scaler.scale(loss / args.update_freq).backward()
-            run.add_losses({"loss": loss} | terms)
+            run.add_losses({"loss": loss} | terms | {"loss": loss})  # the sum first, whatever the terms are called
 
         scaler.unscale_(optimizer)
         run.hooks("on_gradients", run)

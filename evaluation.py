@@ -15,17 +15,12 @@ def never():
     return False
 
 
-# ---------------------------------------------------------------- outputs of all images
-
-
 @torch.no_grad()
 def collect(function, loader, device, autocast, divided=True, give_up=never):
-    """Apply function(uint8 imgs, targets) -> (n, D) to all images of a set, on all ranks together.
+    """function(uint8 imgs, targets) -> (n, D) of all images: rows (n, D), targets (n,), names of unreadable images.
 
-    Returns rows (n, D), one an image in the order of the set, targets (n,) and the names of unreadable images, on the
-    CPU and the same on all ranks. autocast() -> context manager of the forward pass. divided: each rank's loader yields
-    its share; False: the whole set. give_up: asked before each batch; once it is true on any rank, all return None (if
-    divided). Raises UserError if no image could be read.
+    In the order of the set, on the CPU, the same on all ranks. divided: each rank's loader yields its share; False: the
+    whole set. None once give_up() is true on any rank. Raises UserError if no image could be read.
     """
     rows, indices, targets, unreadable, given_up = [], [], [], [], False
     for batch in loader:
@@ -59,8 +54,7 @@ class Evaluation:
     """A classifier's answers to every readable image of a data set, in the order of the set.
 
     loss: mean cross-entropy. targets (n,): true classes. top (n, K): the most probable classes, in falling order.
-    topk: at which k to report accuracy, precision and recall, 1 always; a k above the number of classes counts as that
-    number. unreadable: names of the images left out.
+    topk: at which k to report accuracy, precision and recall, 1 always. unreadable: names of the images left out.
     """
 
     def __init__(self, loss, targets, top, num_classes, topk=(1, 5), unreadable=()):
@@ -87,10 +81,7 @@ class Evaluation:
         return {"loss": self.loss} | {f"acc{k}": self.accuracy(k) for k in self.topk} | means
 
     def per_class(self):
-        """By name, for each class (C,): images, and precision and recall at each k; nan for 0 / 0.
-
-        At k a class is predicted where it is among the k most probable.
-        """
+        """By name, for each class (C,): images, and precision and recall at each k; nan for 0 / 0."""
         images = self.targets.bincount(minlength=self.num_classes)
         columns = {"images": images}
         for k in self.topk:
@@ -130,15 +121,10 @@ def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.0
     return 100 * correct / len(test)
 
 
-class GivenUp(Exception):
-    """Ends an optimizer's step from within."""
-
-
 def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give_up=never):
     """Top-1 accuracy in per cent of logistic regression on standardized features; None if given up.
 
-    Shapes as in `knn_accuracy`. L-BFGS minimizes the sum of cross-entropies + |weights|^2 / (2 strength) until it
-    converges: the minimum is unique, and there is no learning rate or number of epochs to choose.
+    Shapes as in `knn_accuracy`. L-BFGS minimizes the sum of cross-entropies + |weights|^2 / (2 strength).
     """
     mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-12)
     train, test = (train - mean) / std, (test - mean) / std
@@ -150,7 +136,7 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give
 
     def closure():
         if give_up():
-            raise GivenUp
+            raise InterruptedError  # ends the optimizer's step from within
         optimizer.zero_grad()
         loss = F.cross_entropy(train @ weight.T + bias, train_targets)
         loss = loss + weight.square().sum() / (2 * strength * len(train))
@@ -159,7 +145,7 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give
 
     try:
         optimizer.step(closure)
-    except GivenUp:
+    except InterruptedError:
         return None
     with torch.no_grad():
         return 100 * ((test @ weight.T + bias).argmax(1) == test_targets).double().mean().item()
@@ -168,9 +154,8 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give
 def probe(trunk, loaders, device, autocast, give_up=never):
     """Classify frozen features, trunk(imgs) -> (N, C, h, w) averaged over all sites, by two simple classifiers.
 
-    loaders: two, of the images to fit on and of those to test on (`datasets.build_probe_sets`); each rank's yields its
-    share. Returns ({metric of METRICS: per cent}, [targets (n,), targets (m,)], names of unreadable images), the same
-    on all ranks and for any number of them; None if any rank gives up. Raises UserError as `collect` does.
+    loaders: of the images to fit on and of those to test on. Returns ({metric of METRICS: per cent}, [targets (n,),
+    targets (m,)], names of unreadable images), the same on all ranks; None if any gives up. Raises as `collect` does.
     """
 
     def mean_features(imgs, _):
@@ -181,9 +166,8 @@ def probe(trunk, loaders, device, autocast, give_up=never):
         collected = collect(mean_features, loader, device, autocast, give_up=give_up)
         if collected is None:
             return None
-        *features_and_targets, names = collected
-        tensors += features_and_targets
-        unreadable += names
+        tensors += collected[:2]
+        unreadable += collected[2]
 
     def classify():
         train, train_targets, test, test_targets = (tensor.to(device) for tensor in tensors)
@@ -199,9 +183,9 @@ def probe(trunk, loaders, device, autocast, give_up=never):
 
 @torch.no_grad()
 def draw_reconstructions(model, imgs, noise=None, mask_ratio=None):
-    """A Pillow image with a row original | masked | reconstruction for each image. imgs: (N, C, H, W) uint8.
+    """A Pillow image with a row original | masked | reconstruction for each of imgs (N, C, H, W) uint8.
 
-    model: an `FCMAE`, left in its mode. noise (N, L) decides the masks; None: drawn. mask_ratio None: the model's.
+    noise (N, L) decides the masks; None: drawn. mask_ratio None: the model's.
     """
     was_training = model.training
     model.eval()
@@ -213,35 +197,33 @@ def draw_reconstructions(model, imgs, noise=None, mask_ratio=None):
     is_masked = mask.view(-1, 1, imgs.shape[2] // p, imgs.shape[3] // p).bool()
     is_masked = is_masked.repeat_interleave(p, dim=2).repeat_interleave(p, dim=3)  # (N, 1, H, W)
     masked = imgs.masked_fill(is_masked, 127)
-    return draw_table(["original", "masked", "reconstruction"], [imgs, masked, reconstruction])
+    return draw_table({"original": imgs, "masked": masked, "reconstruction": reconstruction})
 
 
-def draw_table(titles, columns, border=4, min_width=112, header=16):
-    """A Pillow RGB image of columns of images, (N, C, H, W) uint8 each, under their titles.
+def enlarge(pixels, width, height):
+    """uint8 (H, W, 3) as a Pillow image of that size, without interpolation."""
+    return Image.fromarray(pixels.cpu().numpy()).resize((width, height), Image.Resampling.NEAREST)
 
-    The second half of N stands beside the first. Images less than min_width pixels wide are enlarged.
-    """
-    n, channels, height, width = columns[0].shape
-    rows = -(-n // 2)
-    enlarge = -(-min_width // width)
-    width, height = width * enlarge, height * enlarge
+
+def draw_table(columns, border=4, min_width=112, header=16):
+    """A Pillow image of {title: images (N, C, H, W) uint8}, a column each; the second half of N beside the first."""
+    n, channels, height, width = next(iter(columns.values())).shape
+    rows, factor = -(-n // 2), -(-min_width // width)
+    width, height = width * factor, height * factor
     half = len(columns) * (width + border) + 2 * border
-    table = Image.new("RGB", (half * (2 if n > 1 else 1), header + rows * (height + border)), "white")
-    for j, (title, images) in enumerate(zip(titles, columns, strict=True)):
+    table = Image.new("RGB", (half * min(n, 2), header + rows * (height + border)), "white")
+    for j, (title, images) in enumerate(columns.items()):
         images = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-        for i, image in enumerate(images.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+        for i, pixels in enumerate(images.permute(0, 2, 3, 1).contiguous()):
             left, top = i // rows * half + border + j * (width + border), header + i % rows * (height + border)
             if i % rows == 0:
                 ImageDraw.Draw(table).text((left, 2), title, fill="black")
-            table.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+            table.paste(enlarge(pixels, width, height), (left, top))
     return table
 
 
 def draw_confusion(matrix, names, width=800):
-    """A Pillow RGB image of confusion counts (C, C), rows = true classes; darker = a larger share of the row.
-
-    With few classes, names stand beside rows and above columns, and cells show their counts.
-    """
+    """A Pillow RGB image of confusion counts (C, C), rows = true classes; darker = a larger share of the row."""
     count = len(matrix)
     cell = min(max(width // count, 1), 48)  # pixels; from 12 on there is room for names, from 24 for counts
     names = [name[:24] for name in names]
@@ -249,9 +231,8 @@ def draw_confusion(matrix, names, width=800):
     side = cell * count
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     color = 1 - share[:, :, None] * torch.tensor([0.88, 0.62, 0.35])  # white to blue
-    heat = Image.fromarray((color * 255).round().to(torch.uint8).numpy())
     picture = Image.new("RGB", (margin + side + 8, margin + side + 8), "white")
-    picture.paste(heat.resize((side, side), Image.Resampling.NEAREST), (margin, margin))
+    picture.paste(enlarge((color * 255).round().to(torch.uint8), side, side), (margin, margin))
     draw = ImageDraw.Draw(picture)
     draw.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline="lightgray")
     draw.text((margin + 4, 4), "predicted", fill="gray")

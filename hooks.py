@@ -6,7 +6,8 @@ into the list in `build_hooks` of `main_pretrain.py` or `main_finetune.py`, anyw
 
     class GradientNorm(hooks.Hook):
         def on_gradients(self, run):
-            run.observe(grad_norm=torch.nn.utils.get_total_norm(p.grad for p in run.model.parameters()))
+            gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+            run.observe(grad_norm=torch.nn.utils.get_total_norm(gradients))
 """
 
 import argparse

@@ -25,19 +25,14 @@ IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and s
 INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-# ---------------------------------------------------------------- find files, number classes
-
-
-def image_extensions():
-    """The file extensions, lower case, that `open_image` reads."""
-    Image.init()
-    readable = set(Image.OPEN) - STUB_FORMATS
-    return {extension for extension, name in Image.registered_extensions().items() if name in readable} | {".npy"}
+# ---------------------------------------------------------------- image sets
 
 
 def find_images(folder):
     """Sorted paths of the images below a folder, nested or flat. Hidden files and folders do not count."""
-    extensions = image_extensions()
+    Image.init()
+    readable = set(Image.OPEN) - STUB_FORMATS
+    extensions = {extension for extension, name in Image.registered_extensions().items() if name in readable} | {".npy"}
     paths, visited = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in visited:  # links may form circles
@@ -45,41 +40,9 @@ def find_images(folder):
             continue
         visited.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [
-            os.path.join(parent, name)
-            for name in names
-            if os.path.splitext(name)[1].lower() in extensions and not name.startswith(".")
-        ]
+        names = [name for name in names if not name.startswith(".")]
+        paths += [os.path.join(parent, name) for name in names if os.path.splitext(name)[1].lower() in extensions]
     return sorted(paths)
-
-
-def class_folders(folder, paths):
-    """The name of the class folder, directly below `folder`, of each path. Raises UserError for files beside them."""
-    names = [Path(path).relative_to(folder).parts[0] for path in paths]
-    for name in set(names):
-        if not (Path(folder) / name).is_dir():
-            raise UserError(f"{folder}: {name} lies beside the class folders; give one folder a class")
-    return names
-
-
-def number_classes(folder, names, class_names=None):
-    """(targets (n,), class_names): a number for each name, in the order of class_names, by default sorted.
-
-    Raises UserError for a name that is not in class_names.
-    """
-    class_names = sorted(set(names)) if class_names is None else list(class_names)
-    unknown = sorted(set(names) - set(class_names))
-    if unknown:
-        known = ", ".join(class_names[:4]) + (", ..." if len(class_names) > 4 else "")
-        raise UserError(
-            f"{folder}: class folder {unknown[0]} ({len(unknown)} such) is not among the "
-            f"{len(class_names)} classes of the model: {known}"
-        )
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return np.array([numbers[name] for name in names], dtype=np.int64), class_names
-
-
-# ---------------------------------------------------------------- image sets
 
 
 class ImageFolder:
@@ -103,13 +66,23 @@ class ImageFolder:
 class ClassFolders(ImageFolder):
     """The images below the class folders of a folder. class_names: the classes of the model, if it has some already.
 
-    Raises UserError as `class_folders` and `number_classes` do.
+    Raises UserError for an image beside the class folders and for a folder that is not among class_names.
     """
 
     def __init__(self, folder, in_chans, class_names=None):
         super().__init__(folder, in_chans)
-        names = class_folders(folder, map(self.name, range(len(self))))
-        self.targets, self.class_names = number_classes(folder, names, class_names)
+        names = [Path(self.name(index)).relative_to(folder).parts[0] for index in range(len(self))]
+        for name in set(names):
+            if not (Path(folder) / name).is_dir():
+                raise UserError(f"{folder}: {name} lies beside the class folders; give one folder a class")
+        self.class_names = sorted(set(names)) if class_names is None else list(class_names)
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        unknown = sorted(set(names) - set(numbers))
+        if unknown:
+            known = ", ".join(self.class_names[:4]) + (", ..." if len(numbers) > 4 else "")
+            problem = f"is not among the {len(numbers)} classes of the model: {known}"
+            raise UserError(f"{folder}: class folder {unknown[0]} ({len(unknown)} such) {problem}")
+        self.targets = np.array([numbers[name] for name in names], dtype=np.int64)
 
 
 class ImageArrays:
@@ -181,8 +154,8 @@ class Subset:
 def build_images(data_set, path, split, in_chans, labelled=True, class_names=None, flag="--data_path"):
     """The image set that --data_set names. Another one is added here and to the choices of the flag.
 
-    split: "train", "val", or "" if path has no such subfolders. class_names: the classes of the model, for a folder
-    that may lack some. flag: where path comes from. Raises UserError if no image can be read.
+    split: "train", "val", or "" if path has no such subfolders. flag: where path comes from. Raises UserError if none
+    of the first 100 images can be read.
     """
     if data_set == "DIGITS":
         return Digits(split == "train", in_chans)
@@ -200,19 +173,13 @@ def build_images(data_set, path, split, in_chans, labelled=True, class_names=Non
     images = ClassFolders(folder, in_chans, class_names) if labelled else ImageFolder(folder, in_chans)
     if not len(images):
         raise UserError(f"{flag} {folder}: no image there; give {accepted}: files that Pillow reads, or .npy")
-    check_readable(f"{flag} {folder}", images)
-    return images
-
-
-def check_readable(name, images, count=100):
-    """Raise UserError if none of the first images can be read."""
     errors = []
-    for index in range(min(len(images), count)):
-        _, error = try_open(images, index, lambda image: decode(image, images.in_chans))
+    for index in range(min(len(images), 100)):
+        _, error = try_open(images, index, lambda image: decode(image, in_chans))
         if error is None:
-            return
+            return images
         errors.append(error)
-    raise UserError(f"{name}: none of the first {len(errors)} images can be read: {errors[0]}")
+    raise UserError(f"{flag} {folder}: none of the first {len(errors)} images can be read: {errors[0]}")
 
 
 # ---------------------------------------------------------------- open and decode
@@ -225,10 +192,9 @@ def check_color_mode(in_chans, data_set):
 
 
 def open_image(path, in_chans):
-    """A context manager of an image: Pillow's, not decoded yet, or, from .npy of other than 1 or 3 channels, a tensor.
+    """A context manager of an undecoded Pillow image or, from .npy of other than 1 or 3 channels, of uint8 (C, H, W).
 
-    Tensors are uint8 (C, H, W). Raises whatever Pillow raises for a file that it does not recognize, ValueError for an
-    array that does not fit.
+    Raises what Pillow raises for an unknown file, and ValueError for an array or a number of channels that do not fit.
     """
     if str(path).lower().endswith(".npy"):
         array = np.load(path)
@@ -270,7 +236,6 @@ def decode(image, in_chans, shrink=1):
 
 
 def convert_to_8_bits(gray, sixteen):
-    """A gray image of 16 bits, of either byte order or held in 32, or one of 32 bits, with 8."""
     array = np.asarray(gray)
     if sixteen:
         return Image.fromarray((array >> 8).astype(np.uint8))
@@ -325,11 +290,7 @@ class Crop(NamedTuple):
 
 
 def find_shrink(image, crops, size):
-    """The largest of 1, 2, 4, 8 by which an opened JPEG may be shrunk and no crop has to be enlarged to size.
-
-    libjpeg then skips most of the inverse transform. Crops of 224: the samples of 2000 x 1500 pixels take 1 / 1.6
-    of the time, those of 1024 x 768 1 / 1.1; of 500 x 375 hardly any can be shrunk.
-    """
+    """The largest of 1, 2, 4, 8 by which an opened JPEG may be shrunk, for speed, with no crop enlarged to size."""
     if not isinstance(image, JpegImageFile):
         return 1
     room = min(min(crop.height / (size[0] + 1), crop.width / (size[1] + 1)) for crop in crops)  # + 1: edges move
@@ -337,15 +298,17 @@ def find_shrink(image, crops, size):
 
 
 class RandomCrop:
-    """Random crops of an opened image by the law of torchvision's RandomResizedCrop, resized to (height, width).
+    """Random crops of an opened image by the law of torchvision's RandomResizedCrop, resized to size (height, width).
 
-    decode: `decode` or `decode_fast`. interpolation: bicubic, bilinear or random, which is one of the two.
+    interpolation: bicubic, bilinear or random, which is one of the two. fast: crops are uint8 tensors (C, H, W); else
+    Pillow images, unless the image is a tensor.
     """
 
-    def __init__(self, size, scale, interpolation, decode, in_chans):
+    def __init__(self, size, scale, interpolation, in_chans, fast=False):
         from torchvision.transforms import InterpolationMode, v2
 
-        self.size, self.decode, self.in_chans = size, decode, in_chans
+        self.size, self.in_chans, self.fast = size, in_chans, fast
+        self.decode = decode_fast if fast else decode
         self.law, self.resized_crop = v2.RandomResizedCrop(size, scale), v2.functional.resized_crop
         names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
         self.interpolations = [InterpolationMode(name) for name in names]
@@ -359,23 +322,20 @@ class RandomCrop:
         mode = random.choice(modes) if len(modes) > 1 else modes[0]
         shrink = find_shrink(image, crops, self.size)
         image = self.decode(image, self.in_chans, shrink)
-        return [self.resized_crop(image, *crop.shrink(shrink), self.size, mode) for crop in crops]
+        cuts = [self.resized_crop(image, *crop.shrink(shrink), self.size, mode) for crop in crops]
+        return list(map(to_tensor, cuts)) if self.fast else cuts
 
     def __call__(self, image):
         return self.cut(image, [self.draw(image)])[0]
 
 
 def read_image(path, in_chans):
-    """A file, opened and decoded. Raises what `open_image` raises, and whatever Pillow raises on decoding."""
     with open_image(path, in_chans) as image:
         return decode(image, in_chans)
 
 
 def read_files(flag, paths, in_chans, transform):
-    """Yield (path, transform(image)) for each image of files and of folders of them.
-
-    Raises UserError, which begins with flag, if there is none, and for one that cannot be read.
-    """
+    """Yield (path, transform(image)) of files and of folders of them. Raises UserError for none and unreadable ones."""
     files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
     if not files:
         raise UserError(f"{flag} {' '.join(paths)}: no image there")
@@ -392,10 +352,7 @@ def read_files(flag, paths, in_chans, transform):
 
 @functools.cache  # a copy to a GPU for each batch would wait for it
 def pixel_statistics(in_chans, imagenet=True, device="cpu"):
-    """Mean and standard deviation of each channel, (C, 1, 1), of pixels in [0, 1]; if not 3 channels, RGB's average.
-
-    imagenet: ImageNet's; False: 0.5 and 0.5, as Inception's.
-    """
+    """ImageNet's or Inception's mean and standard deviation, (C, 1, 1), in [0, 1]; if not 3 channels, RGB's average."""
     rgb = torch.tensor(IMAGENET_STATISTICS if imagenet else INCEPTION_STATISTICS)
     channels = rgb if in_chans == 3 else rgb.mean(1, keepdim=True).expand(2, in_chans)
     return tuple(channels.to(device)[:, :, None, None])

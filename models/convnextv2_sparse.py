@@ -37,10 +37,10 @@ class SparseBlock(Block):
 
 
 def squares_to_channels(imgs, side):
-    """`F.pixel_unshuffle`, also of a batch of 0: (N, C, H, W) -> (N, C * side * side, H / side, W / side)."""
+    """(N, C, H, W) -> (N, C * side * side, H / side, W / side), as `F.pixel_unshuffle` but channels last in memory."""
     n, c, height, width = imgs.shape
-    x = imgs.reshape(n, c, height // side, side, width // side, side).permute(0, 1, 3, 5, 2, 4)
-    return x.reshape(n, c * side * side, height // side, width // side)
+    x = imgs.reshape(n, c, height // side, side, width // side, side).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(n, height // side, width // side, c * side * side).permute(0, 3, 1, 2)
 
 
 class SparseStem(nn.Sequential):
@@ -107,6 +107,8 @@ class SparseConvNeXtV2(Network):
 
 def norm_rows(norm, x):
     """Call norm, a layer for maps with channels first, on packed rows (N, S, C)."""
+    if is_plain(norm, LayerNorm, x):  # called on transposed rows, its gradient would be copied where it is added
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     if isinstance(norm, LayerNorm):
         return norm(x.transpose(1, 2)).transpose(1, 2)
     return map_as_rows(norm(rows_as_map(x)))

@@ -63,23 +63,22 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def grn_statistics(x):
+def grn_statistics(x, differentiable=True):
     """Norm of each channel of x (N, S, C) over space, and the mean of the norms: (N, 1, C) and (N, 1, 1).
 
     float32 at least: the sum of squares of float16 overflows.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = x.to(dtype).square().sum(1, keepdim=True).sqrt()
+    if differentiable:  # also where a channel is zero on all sites, as the faster square root is not
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
+    else:
+        norm = x.to(dtype).square().sum(1, keepdim=True).sqrt()
     return norm, norm.mean(-1, keepdim=True) + 1e-6
 
 
 def _saved_statistics(x, norm, mean):
     """norm and mean as saved, or recomputed as functions of x where the backward pass is itself differentiated."""
-    if not torch.is_grad_enabled():
-        return norm, mean
-    # vector_norm has a derivative at 0, the square root has none.
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=norm.dtype)
-    return norm, norm.mean(-1, keepdim=True) + 1e-6
+    return grn_statistics(x) if torch.is_grad_enabled() else (norm, mean)
 
 
 def _grn_gradients(grad_scale, x, gamma, norm, mean):
@@ -92,24 +91,23 @@ def _grn_gradients(grad_scale, x, gamma, norm, mean):
     return (grad_scale * n).sum((0, 1)).to(gamma.dtype), factor.to(x.dtype)
 
 
+def scale_rows(x, gamma, beta, norm, mean):
+    """GRN of x (N, S, C) by its statistics: gamma * (x * n) + beta + x."""
+    return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * norm / mean).to(x.dtype))
+
+
 class _GRN(torch.autograd.Function):
-    """gamma * (x * n) + beta + x of (N, S, C). Keeps x once and passes over it less often than autograd would."""
+    """`scale_rows` by the statistics of x itself. Keeps x once and passes over it less often than autograd would."""
 
     @staticmethod
-    def forward(x, gamma, beta):
-        norm, mean = grn_statistics(x)
-        return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * norm / mean).to(x.dtype)), norm, mean
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, gamma, beta = inputs
-        _, norm, mean = output
-        ctx.mark_non_differentiable(norm, mean)
+    def forward(ctx, x, gamma, beta):
+        norm, mean = grn_statistics(x, differentiable=False)
         ctx.save_for_backward(x, gamma, norm, mean)
         ctx.beta_dtype = beta.dtype
+        return scale_rows(x, gamma, beta, norm, mean)
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         x, gamma, norm, mean = ctx.saved_tensors
         norm, mean = _saved_statistics(x, norm, mean)
         grad_scale = (grad.to(norm.dtype) * x.to(norm.dtype)).sum(1, keepdim=True)
@@ -127,21 +125,15 @@ class _GRNLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, gamma, beta, weight, bias):
-        norm, mean = grn_statistics(x)
-        weights = (weight * (1 + gamma * norm / mean)).to(x.dtype)  # (N, D, C)
-        return torch.baddbmm((bias + weight @ beta).to(x.dtype), x, weights.transpose(1, 2)), norm, mean
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, gamma, beta, weight, bias = inputs
-        _, norm, mean = output
-        ctx.mark_non_differentiable(norm, mean)
+    def forward(ctx, x, gamma, beta, weight, bias):
+        norm, mean = grn_statistics(x, differentiable=False)
         ctx.save_for_backward(x, gamma, beta, weight, norm, mean)
         ctx.bias_dtype = bias.dtype
+        weights = (weight * (1 + gamma * norm / mean)).to(x.dtype)  # (N, D, C)
+        return torch.baddbmm((bias + weight @ beta).to(x.dtype), x, weights.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         x, gamma, beta, weight, norm, mean = ctx.saved_tensors
         norm, mean = _saved_statistics(x, norm, mean)
         scale = 1 + gamma * norm / mean
@@ -169,9 +161,8 @@ class GRN(nn.Module):
     def forward(self, x):
         rows, gamma, beta = x.flatten(1, -2), self.gamma.flatten(), self.beta.flatten()
         if can_use_functions(self, x):
-            return _GRN.apply(rows, gamma, beta)[0].view_as(x)
-        norm, mean = grn_statistics(rows)
-        return torch.addcmul(beta.to(x.dtype), rows, (1 + gamma * norm / mean).to(x.dtype)).reshape_as(x)
+            return _GRN.apply(rows, gamma, beta).view_as(x)
+        return scale_rows(rows, gamma, beta, *grn_statistics(rows)).reshape_as(x)
 
 
 def can_fuse(x, grn, linear):
@@ -189,7 +180,7 @@ def can_fuse(x, grn, linear):
 def fused_grn_linear(x, grn, linear):
     """linear(grn(x)) of x (N, ..., C), where `can_fuse` allows it: see `_GRNLinear`."""
     gamma, beta = grn.gamma.flatten(), grn.beta.flatten()
-    out, _, _ = _GRNLinear.apply(x.flatten(1, -2), gamma, beta, linear.weight, linear.bias)
+    out = _GRNLinear.apply(x.flatten(1, -2), gamma, beta, linear.weight, linear.bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

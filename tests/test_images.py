@@ -308,7 +308,9 @@ def test_pillow_decodes_what_torchvision_does_not(tmp_path, monkeypatch, decoder
 
 
 def random_crop(size, scale=(0.08, 1.0), decode=images.decode_fast, in_chans=3):
-    return RandomCrop(size, scale, "bicubic", decode, in_chans)
+    crop = RandomCrop(size, scale, "bicubic", in_chans, fast=decode is not images.decode)
+    crop.decode = decode
+    return crop
 
 
 @pytest.mark.parametrize("size, scale", [((375, 500), (0.2, 1.0)), ((30, 400), (0.9, 1.0)), ((1, 1), (0.5, 0.6))])
@@ -414,7 +416,7 @@ def test_interpolation_is_one_of_two_if_random():
     image, crop = Image.fromarray(RGB), Crop(0, 0, 8, 8)
 
     def cut(interpolation):
-        return images.to_tensor(RandomCrop((20, 20), (1, 1), interpolation, images.decode, 3).cut(image, [crop])[0])
+        return images.to_tensor(RandomCrop((20, 20), (1, 1), interpolation, 3).cut(image, [crop])[0])
 
     bilinear, bicubic = cut("bilinear"), cut("bicubic")
     drawn = [cut("random") for _ in range(20)]

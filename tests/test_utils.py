@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -342,3 +343,10 @@ def test_switches_have_one_style(words, value):
 def test_image_sizes_are_height_and_width():
     assert parse("").input_size == (224, 224) and parse("--input_size 32").input_size == (32, 32)
     assert parse("--input_size 32 48 --eval_size 64").input_size == (32, 48)
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    for value in (np.int64(3), np.float64(3), np.str_("a"), object()):
+        with pytest.raises(TypeError, match=r"a.pth\['hooks'\]\['Count'\]\[0\] is a "):
+            checkpoints.save_whole(tmp_path / "a.pth", {"model": {}, "hooks": {"Count": [value]}})
+    assert not list(tmp_path.iterdir())

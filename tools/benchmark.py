@@ -7,18 +7,11 @@
     python -m tools.benchmark --model convnextv2_base --batch_size 256 --dtype bfloat16 --compile
     python -m tools.benchmark --json > benchmark.json      # the same figures and every single time
 
-The contestants are described in tools/contestants.py and, for --part loader, in tools/loaders.py.
-
-A round times one step of each in turn (A B C D, A B C D, ...), so that a slow moment of the machine strikes all alike.
-The first two rounds, which compile and allocate, do not count. Float32 means float32: no TF32. "x packed" is a
-contestant's time divided by packed's in the same round, median over rounds: 2.00 takes twice as long ("x dense"
-likewise). "x original" of --part loader is the other way round: 2.00 delivers twice as many images as the original. The
-floor is visible / total patches: no masked encoder can take a smaller fraction of the unmasked one's work.
-
-Peak memory is that of the third step in a fresh process. CUDA: all that tensors hold, weights and optimizer state
-included (torch.cuda.max_memory_allocated). CPU, on Linux: how far the process's resident memory rises during the step
-(VmHWM less VmRSS before), that is activations, gradients and workspace, without weights and optimizer state. A
-contestant's error is reported in its row; the others continue.
+The contestants are described in tools/contestants.py and tools/loaders.py. A round times one step of each in turn; the
+first two rounds do not count. Float32 means no TF32. "x packed", "x dense": time divided by packed's or dense's in the
+same round, median over rounds; 2.00 takes twice as long. "x original": 2.00 delivers twice as many images. The floor is
+visible / total patches. Peak memory is that of the third step in a fresh process: on CUDA of all tensors, on the CPU
+(Linux) the rise of the resident memory during the step, without weights and optimizer state.
 """
 
 import ctypes
@@ -55,13 +48,18 @@ BATCH_SIZE = dict.fromkeys(["atto", "femto", "pico", "nano"], 8) | {"base": 2, "
 
 
 def time_ms(step, device):
-    """Milliseconds that one step takes, on a GPU until its kernels are done."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
+    """Milliseconds that one step takes, on a GPU between two CUDA events."""
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return round(1e3 * (time.perf_counter() - start), 3)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
     step()
-    wait()
-    return round(1e3 * (time.perf_counter() - start), 3)
+    end.record()
+    end.synchronize()
+    return round(start.elapsed_time(end), 3)
 
 
 def attempt(row, function, *arguments):
@@ -91,8 +89,7 @@ def measure_peak(model, contestant, batch_size, args):
     return round((read_status("VmHWM") - before) / 2**10)
 
 
-def read_status(field):
-    """A field of this process's status, in KiB."""
+def read_status(field):  # in KiB
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
@@ -135,31 +132,25 @@ def time_rounds(rows, steps, batch_size, args):
         rows[name] |= {"median_ms": round(median, 2), "images_per_s": images_per_s, f"times_{reference}": ratio}
 
 
-def compare_steps(model, names, batch_size, args):
-    """Measure the contestants of these names on one model: a dict with a row for each."""
-    torch.compiler.reset()
-    # Memory first, before anything of this process is on the device
-    rows = {name: make_row_in_fresh_process(model, name, batch_size, args) for name in names}
-    steps = {}
-    for name, row in rows.items():
-        step = None if "error" in row else attempt(row, contestants.make_step, model, name, batch_size, args)
-        if step is not None:
-            steps[name] = step
-    time_rounds(rows, steps, batch_size, args)
-    return dict(model=model, batch_size=batch_size, contestants=list(rows.values()))
-
-
 def compare_models(args):
-    """`compare_steps` of each --model."""
+    """Yield, for each --model, a dict with a row for each contestant."""
     names = args.only or contestants.choose_contestants(args)[0]
     scale = 32 if args.device == "cuda" else 1
     sizes = args.batch_size or [scale * BATCH_SIZE.get(model.split("_")[1], 4) for model in args.model]
     for model, batch_size in zip(args.model, sizes * (len(args.model) // len(sizes)), strict=True):
-        yield compare_steps(model, names, batch_size, args)
+        torch.compiler.reset()
+        # Memory first, before anything of this process is on the device
+        rows = {name: make_row_in_fresh_process(model, name, batch_size, args) for name in names}
+        fit = [name for name, row in rows.items() if "error" not in row]
+        steps = {name: attempt(rows[name], contestants.make_step, model, name, batch_size, args) for name in fit}
+        steps = {name: step for name, step in steps.items() if step}
+        time_rounds(rows, steps, batch_size, args)
+        steps.clear()  # and with them the models
+        yield dict(model=model, batch_size=batch_size, contestants=list(rows.values()))
 
 
 def compare_loaders(args):
-    """Measure the loaders, for each size of files: yields a dict with a row for each contestant."""
+    """Yield, for each size of files and training, a dict with a row for each contestant."""
     from tools import loaders
 
     for size, count in loaders.COUNTS.items():
@@ -215,7 +206,6 @@ def describe_conditions(args):
 
 
 def print_header(report):
-    """Machine, versions, settings and ceilings, a line each, and for masked models the floor."""
     for title in ("machine", "versions", "settings", "ceilings"):
         if title in report:
             print(f"{title}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report[title].items()))

@@ -34,10 +34,9 @@ def cosine_distance(x):
     """Average cosine distance between the channels of each image: x (N, ..., C) -> (N,), from 0 to 0.5.
 
     Section 4 of the paper: 1 / C^2 sum_ij (1 - cos(x_i, x_j)) / 2, where x_i is channel i's map as one vector. 0: all
-    channels are equal up to scale, collapsed. 0.5: orthogonal on average; the sum includes j = i, so C orthogonal
-    channels reach (1 - 1 / C) / 2. A channel of zeros has no direction: its cosine is 0 to all, itself included.
+    are equal up to scale, collapsed; 0.5: orthogonal on average. The cosine of a channel of zeros is 0 to all.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2)  # (N, S, C), S sites
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2)  # (N, S, C)
     norm = torch.linalg.vector_norm(x, dim=1)
     # The sum of all cosines is the squared length of the sum of all unit vectors: C * S operations, not C^2 * S.
     to_unit = norm.clamp(min=torch.finfo(x.dtype).tiny).reciprocal()  # (N, C)
@@ -47,10 +46,7 @@ def cosine_distance(x):
 
 
 def dead_channels(x):
-    """Fraction of the channels of each image whose norm is at most DEAD of the mean: x (N, ..., C) -> (N,).
-
-    After GELU a channel that never fires is seldom exactly 0.
-    """
+    """Fraction of the channels of each image whose norm is at most DEAD of the mean: x (N, ..., C) -> (N,)."""
     norm = torch.linalg.vector_norm(x.flatten(1, -2), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     return (norm <= DEAD * norm.mean(1, keepdim=True)).to(norm.dtype).mean(1)
 
@@ -118,7 +114,7 @@ def read_images(args, in_chans, transform):
 
 
 def spread(items, count):
-    """At most `count` of the items, at even distances: from all classes if files are sorted by class."""
+    """At most `count` of the items, at even distances."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 

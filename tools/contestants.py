@@ -1,21 +1,19 @@
-"""The contestants of `tools.benchmark`, and one step of each. All get the same initial weights.
-
-Of --part encoder and step (steps of pre-training):
+"""The contestants of `tools.benchmark`, all with the same initial weights. Of --part encoder and step (pre-training):
 
     packed            the project's FCMAE
     packed compiled   the same under torch.compile(fullgraph=True), with --compile
     packed triton     with depthwise convolutions by models/kernels.py, on CUDA with --triton; also compiled
     dense masked      its encoder computes every site and masks it: tools/dense_masked.py
-    dense unmasked    its encoder is the fine-tuning network, on the whole image: what masking should save; also
-                      compiled, with --compile
+    dense unmasked    its encoder is the dense network on the whole image; also compiled
     minkowski         its encoder runs on MinkowskiEngine, where that is installed
 
-Of --part finetune (steps of a classifier of 1000 classes with label smoothing):
+Of --part finetune (a classifier of 1000 classes with label smoothing):
 
-    dense             the project's ConvNeXtV2, channels last; also compiled, triton, compiled triton, as above
-    timm              timm's model of that name as it comes, (N, C, H, W); also channels last, and that compiled
+    dense             the project's ConvNeXtV2, channels last; also compiled and triton
+    timm              timm's model of that name, (N, C, H, W); also channels last, and that compiled
 """
 
+import functools
 import warnings
 
 import torch
@@ -111,66 +109,48 @@ def make_step(name, contestant, batch_size, args):
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # the default for matrix products; convolutions would have an advantage
     use_triton("triton" in contestant)
-    classify = args.part == "finetune"
-    model = build_classifier(name, contestant) if classify else build_fcmae(name, contestant, args.input_size)
+    finetune = args.part == "finetune"
+    model = build_classifier(name, contestant) if finetune else build_fcmae(name, contestant, args.input_size)
+    model = model.to(args.device)
     imgs = torch.randn(batch_size, 3, args.input_size, args.input_size, device=args.device)
-    make = {"encoder": make_encoder_step, "step": make_pretrain_step, "finetune": make_finetune_step}[args.part]
-    return make(model.to(args.device), contestant, imgs, args)
-
-
-def autocast(args):
-    return torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
-
-
-def make_encoder_step(model, contestant, imgs, args):
-    """Forward and backward of an FCMAE's encoder."""
-    encoder, mask = model.encoder, model.gen_random_mask(imgs, args.mask_ratio)
-    _, num_visible = count_patches(args)
-
-    def forward(imgs, mask):
-        visible, _ = split_patches(mask, num_visible)
-        return encoder(imgs, mask, visible=visible)
-
-    forward = torch.compile(forward, fullgraph=True) if "compiled" in contestant else forward
-    side = args.input_size // PATCH
-    grad = torch.randn(len(imgs), model.proj.in_channels, side, side, device=args.device)
-
-    def step():
-        with autocast(args):
-            latent = forward(imgs, mask)
-        latent.backward(grad.to(latent.dtype))
-        encoder.zero_grad(set_to_none=True)
-
-    return step
-
-
-def make_pretrain_step(model, contestant, imgs, args):
-    """Masks, forward, loss, backward and update of an FCMAE."""
-    forward = torch.compile(model, fullgraph=True) if "compiled" in contestant else model
-    return make_update(model, lambda: forward(imgs, mask_ratio=args.mask_ratio, masked_only=True)[0], args)
-
-
-def make_finetune_step(model, contestant, imgs, args):
-    """Forward, loss, backward and update of a classifier."""
-    if "channels last" in contestant:
-        imgs = imgs.contiguous(memory_format=torch.channels_last)
-    targets = torch.arange(len(imgs), device=args.device)
-    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
-    forward = torch.compile(model) if "compiled" in contestant else model
-    return make_update(model, lambda: criterion(forward(imgs).float(), targets), args)
-
-
-def make_update(model, compute_loss, args):
-    """A function without arguments: forward, backward and AdamW, as the engines do it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    imgs = imgs.contiguous(memory_format=torch.channels_last) if "channels last" in contestant else imgs
+    forward = make_forward(model, imgs, "compiled" in contestant, args)
+    autocast = torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    if args.part == "encoder":
+        side = args.input_size // PATCH
+        grad = torch.randn(batch_size, model.proj.in_channels, side, side, device=args.device)
 
     def step():
-        with autocast(args):
-            loss = compute_loss()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        with autocast:
+            output = forward()
+        if args.part == "encoder":
+            output.backward(grad.to(output.dtype))
+        else:
+            scaler.scale(output).backward()
+            scaler.step(optimizer)
+            scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def make_forward(model, imgs, compiled, args):
+    """A function without arguments: the loss of the batch; for --part encoder the encoder's output (N, C, h, w)."""
+    compile = functools.partial(torch.compile, fullgraph=args.part != "finetune") if compiled else lambda step: step
+    if args.part == "finetune":
+        targets = torch.arange(len(imgs), device=args.device)
+        criterion, classify = torch.nn.CrossEntropyLoss(label_smoothing=0.1), compile(model)
+        return lambda: criterion(classify(imgs).float(), targets)
+    if args.part == "step":
+        compute_loss = compile(model)
+        return lambda: compute_loss(imgs, mask_ratio=args.mask_ratio, masked_only=True)[0]
+    mask, (_, num_visible) = model.gen_random_mask(imgs, args.mask_ratio), count_patches(args)
+
+    @compile
+    def encode(imgs, mask):
+        visible, _ = split_patches(mask, num_visible)
+        return model.encoder(imgs, mask, visible=visible)
+
+    return lambda: encode(imgs, mask)

@@ -21,8 +21,7 @@ def get_args_parser():
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FILE", help="in any known form")
     add("--data_path", required=True, metavar="FOLDER", help="train/ and val/ of class folders, or DIGITS")
-    first = "fit on the first images of each class; 0: all"
-    add("--images_per_class", default=0, type=flags.at_least(0), help=first)
+    add("--images_per_class", default=0, type=flags.at_least(0), help="fit on the first images of each class; 0: all")
     add_input_size_arg(add)
     add_model_key_arg(add)
     add("--batch_size", default=64, type=flags.at_least(1), help="images of a forward pass")
