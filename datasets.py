@@ -21,8 +21,6 @@ from flags import Switch, at_least, fraction
 from images import RandomCrop, Subset, build_images, check_color_mode, decode, pixel_statistics, try_open
 from utils import UserError
 
-# ---------------------------------------------------------------- flags
-
 
 def add_loader_args(parser):
     add = parser.add_argument_group("loader").add_argument
@@ -109,9 +107,6 @@ def check_labelled_args(args):
         raise UserError(f"--aa {args.aa}: not a policy of timm: {error}") from None
 
 
-# ---------------------------------------------------------------- which samples
-
-
 def build_pretrain_dataset(args):
     """The `PretrainDataset` of the flags, on all ranks. Raises UserError as `build_images` does."""
     images = utils.on_all_ranks(lambda: build_images(args.data_set, args.data_path, "train", args.in_chans, False))
@@ -120,30 +115,27 @@ def build_pretrain_dataset(args):
 
 
 def build_dataset(is_train, args, class_names=None):
-    """The data set for training or evaluation, and its number of classes."""
+    """The data set for training or evaluation. Raises UserError as `build_images` does."""
     flag, path, split = "--data_path", args.data_path, "train" if is_train else "val"
     if not is_train and args.eval_data_path:
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
     images = build_images(args.data_set, path, split, args.in_chans, class_names=class_names, flag=flag)
     transform = build_transform(is_train, args)
     if not is_train:
-        return EvalDataset(images, transform), len(images.class_names)
+        return EvalDataset(images, transform)
     if args.images_per_class:
         images = Subset(images, args.images_per_class)
-    return TrainDataset(images, transform, args.seed), len(images.class_names)
+    return TrainDataset(images, transform, args.seed)
 
 
 def build_labelled_sets(args, class_names=None):
-    """Training set (None with --eval), evaluation set (None with --disable_eval), and the names of their classes.
-
-    class_names: of the checkpoint that is evaluated. On all ranks. Raises UserError.
-    """
+    """On all ranks: training set (None with --eval), evaluation set (None with --disable_eval), names of classes."""
     train = evaluation = None
     if not args.eval:
-        train, _ = utils.on_all_ranks(lambda: build_dataset(True, args))
+        train = utils.on_all_ranks(lambda: build_dataset(True, args))
         class_names = train.images.class_names
     if not args.disable_eval:
-        evaluation, _ = utils.on_all_ranks(lambda: build_dataset(False, args, class_names))
+        evaluation = utils.on_all_ranks(lambda: build_dataset(False, args, class_names))
         class_names = class_names or evaluation.images.class_names
     if args.nb_classes not in (None, len(class_names)):
         raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(class_names)} classes")
@@ -189,7 +181,7 @@ class EpochSampler(torch.utils.data.Sampler):
     def __iter__(self):
         epoch, order = self.epoch, self.order(self.epoch)
         for batch in range(self.step * self.update_freq, self.steps_per_epoch * self.update_freq):
-            indices = self.take_batch(order, batch)
+            indices = self.batch_indices(epoch, batch, order)
             yield [(epoch, index, repeat) for index in indices for repeat in range(self.repeats)]
 
     def order(self, epoch):
@@ -199,13 +191,10 @@ class EpochSampler(torch.utils.data.Sampler):
         count = self.num_samples // self.repeats
         return everything[position * count : (position + 1) * count]
 
-    def take_batch(self, order, batch):
-        count = self.batch_size // self.repeats
+    def batch_indices(self, epoch, batch, order=None):
+        """The images of this rank's batch of that number, counted from the start of the epoch, whose order it is."""
+        order, count = self.order(epoch) if order is None else order, self.batch_size // self.repeats
         return order[(batch * self.world_size + self.rank) * count :][:count].tolist()
-
-    def batch_indices(self, epoch, batch):
-        """The images of this rank's batch of that number, counted from the start of the epoch."""
-        return self.take_batch(self.order(epoch), batch)
 
 
 def read_or_next(images, index, read):
@@ -220,10 +209,7 @@ def read_or_next(images, index, read):
 
 
 class PretrainDataset(torch.utils.data.Dataset):
-    """Random crops with the noise of their masks: dataset[epoch, index, repeat].
-
-    A sample is (image (C, H, W) uint8, noise (L,), names of unreadable files, each replaced by the next readable one).
-    """
+    """dataset[epoch, index, repeat]: a random crop (C, H, W) uint8, mask noise (L,), names of unreadable files."""
 
     def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5):
         self.images, self.num_patches, self.seed, self.hflip = images, num_patches, seed, hflip
@@ -256,10 +242,7 @@ class PretrainDataset(torch.utils.data.Dataset):
 
 
 class TrainDataset(torch.utils.data.Dataset):
-    """Augmented images with their classes: dataset[epoch, index, repeat].
-
-    A sample is (image (C, H, W) uint8, class, index, names of unreadable files, replaced as in `PretrainDataset`).
-    """
+    """dataset[epoch, index, repeat]: an augmented image (C, H, W) uint8, class, index, names of unreadable files."""
 
     def __init__(self, images, transform, seed):
         self.images, self.seed = images, seed
@@ -288,10 +271,7 @@ class TrainDataset(torch.utils.data.Dataset):
 
 
 class EvalDataset(torch.utils.data.Dataset):
-    """Images with their classes: dataset[index] is (image (C, H, W) uint8, class, index, []).
-
-    For an unreadable image it is (None, None, None, [name]), and the batch leaves it out.
-    """
+    """dataset[index] is (image (C, H, W) uint8, class, index, []), or (None, None, None, [name of unreadable file])."""
 
     def __init__(self, images, transform):
         self.images = images
@@ -307,21 +287,16 @@ class EvalDataset(torch.utils.data.Dataset):
         return self.resize(image), int(self.images.targets[index]), index, []
 
 
-# ---------------------------------------------------------------- transforms of labelled images
-
-
 def build_transform(is_train, args):
-    """The transform of an opened or decoded image to uint8 (C, height, width): `Compose([read, augment])`."""
-    if is_train:
-        return build_train_transform(args)
-    return build_eval_transform(getattr(args, "eval_size", None) or args.input_size, args.in_chans, args.crop_pct)
+    """`Compose([read, augment])`: an opened or decoded image -> uint8 (C, height, width).
 
-
-def build_train_transform(args):
-    """timm's: random crop (up to 32 pixels, a shift by up to 4), flip, RandAugment or color jitter."""
+    For training timm's: random crop (up to 32 pixels, a shift by up to 4), flip, RandAugment or color jitter.
+    """
     from timm.data import auto_augment, create_transform
     from torchvision.transforms import InterpolationMode, v2
 
+    if not is_train:
+        return build_eval_transform(getattr(args, "eval_size", None) or args.input_size, args.in_chans, args.crop_pct)
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize
     size, in_chans = args.input_size, args.in_chans
@@ -356,20 +331,13 @@ def build_eval_transform(size, in_chans, crop_pct=None):
     from timm.data import create_transform
     from torchvision.transforms import v2
 
-    if not crop_pct and not 32 < min(size) < 384:
-        crop = dict(crop_pct=1.0, crop_mode="squash")
-    else:
-        crop = dict(crop_pct=crop_pct or 0.875)
+    whole = not crop_pct and not 32 < min(size) < 384
+    crop = dict(crop_pct=1.0, crop_mode="squash") if whole else dict(crop_pct=crop_pct or 0.875)
     timms = create_transform((in_chans, *size), normalize=False, interpolation="bicubic", **crop)
     return v2.Compose([functools.partial(decode, in_chans=in_chans), timms])
 
 
-# ---------------------------------------------------------------- batches
-
-
-class Batch(NamedTuple):
-    """What the loader of pre-training yields."""
-
+class Batch(NamedTuple):  # of pre-training
     imgs: torch.Tensor  # (N, C, H, W) uint8
     noise: torch.Tensor  # (N, L) in [0, 1): decides the masks
     unreadable: list  # names of the files that could not be read and were replaced
@@ -380,9 +348,7 @@ class Batch(NamedTuple):
         return Batch(torch.stack(imgs), torch.stack(noise), sum(unreadable, []))
 
 
-class LabelledBatch(NamedTuple):
-    """What the loaders of fine-tuning and evaluation yield."""
-
+class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
     imgs: torch.Tensor  # (N, C, H, W) uint8
     targets: torch.Tensor  # (N,) class numbers
     indices: torch.Tensor  # (N,) numbers of the images in the data set

@@ -11,12 +11,8 @@ from utils import UserError
 METRICS = ("probe_knn", "probe_linear")  # what `probe` measures
 
 
-def never():
-    return False
-
-
 @torch.no_grad()
-def collect(function, loader, device, autocast, divided=True, give_up=never):
+def collect(function, loader, device, autocast, divided=True, give_up=lambda: False):
     """function(uint8 imgs, targets) -> (n, D) of all images: rows (n, D), targets (n,), names of unreadable images.
 
     In the order of the set, on the CPU, the same on all ranks. divided: each rank's loader yields its share; False: the
@@ -47,9 +43,6 @@ def collect(function, loader, device, autocast, divided=True, give_up=never):
     return torch.cat(rows)[order], torch.cat(targets)[order], unreadable
 
 
-# ---------------------------------------------------------------- metrics
-
-
 class Evaluation:
     """A classifier's answers to every readable image of a data set, in the order of the set.
 
@@ -71,12 +64,9 @@ class Evaluation:
         return 100 * (self.top[:, :k] == self.targets[:, None]).any(1).double().mean().item()
 
     def metrics(self):
-        """By name: loss, and for each k the accuracy and the class means of precision and recall, in per cent.
-
-        A class that is never predicted counts with precision 0; a class without images is left out of both means.
-        """
+        """By name: loss, and for each k the accuracy and the class means of precision and recall, in per cent."""
         columns = self.per_class()
-        has_images = columns.pop("images") > 0
+        has_images = columns.pop("images") > 0  # a class without is left out of the means
         means = {name: 100 * column[has_images].nan_to_num().mean().item() for name, column in columns.items()}
         return {"loss": self.loss} | {f"acc{k}": self.accuracy(k) for k in self.topk} | means
 
@@ -102,9 +92,6 @@ class Evaluation:
         return f"{accuracies}  loss {self.loss:.4f}  ({len(self.targets)} images{left_out})"
 
 
-# ---------------------------------------------------------------- probes of frozen features
-
-
 def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.07):
     """Top-1 accuracy in per cent of k nearest neighbors by cosine, weighted by exp(cosine / temperature).
 
@@ -121,11 +108,8 @@ def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.0
     return 100 * correct / len(test)
 
 
-def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give_up=never):
-    """Top-1 accuracy in per cent of logistic regression on standardized features; None if given up.
-
-    Shapes as in `knn_accuracy`. L-BFGS minimizes the sum of cross-entropies + |weights|^2 / (2 strength).
-    """
+def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give_up=lambda: False):
+    """Top-1 accuracy in per cent of logistic regression on standardized features; None if given up."""
     mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-12)
     train, test = (train - mean) / std, (test - mean) / std
     weight = train.new_zeros(train_targets.max() + 1, train.shape[1], requires_grad=True)
@@ -151,7 +135,7 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give
         return 100 * ((test @ weight.T + bias).argmax(1) == test_targets).double().mean().item()
 
 
-def probe(trunk, loaders, device, autocast, give_up=never):
+def probe(trunk, loaders, device, autocast, give_up=lambda: False):
     """Classify frozen features, trunk(imgs) -> (N, C, h, w) averaged over all sites, by two simple classifiers.
 
     loaders: of the images to fit on and of those to test on. Returns ({metric of METRICS: per cent}, [targets (n,),
@@ -178,15 +162,9 @@ def probe(trunk, loaders, device, autocast, give_up=never):
     return None if accuracies is None else (dict(zip(METRICS, accuracies, strict=True)), tensors[1::2], unreadable)
 
 
-# ---------------------------------------------------------------- pictures
-
-
 @torch.no_grad()
 def draw_reconstructions(model, imgs, noise=None, mask_ratio=None):
-    """A Pillow image with a row original | masked | reconstruction for each of imgs (N, C, H, W) uint8.
-
-    noise (N, L) decides the masks; None: drawn. mask_ratio None: the model's.
-    """
+    """A picture: original | masked | reconstruction of imgs (N, C, H, W) uint8, masked by noise (N, L) or drawn."""
     was_training = model.training
     model.eval()
     inputs = normalize(imgs)

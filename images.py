@@ -1,7 +1,6 @@
-"""One image: found, opened, decoded, normalized; and the image sets.
+"""Images, from files to normalized tensors; and image sets, which have `len`, `name(i)`, `open(i)`, `in_chans`.
 
-An image set has `len`, `name(i)`, `open(i)` (see `open_image`), `in_chans`; a labelled one also `targets` (n,) and
-`class_names`.
+Labelled sets also have `targets` (n,) and `class_names`.
 """
 
 import contextlib
@@ -23,9 +22,6 @@ COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of chan
 STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow recognizes these but cannot decode them
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, RGB
 INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-# ---------------------------------------------------------------- image sets
 
 
 def find_images(folder):
@@ -182,9 +178,6 @@ def build_images(data_set, path, split, in_chans, labelled=True, class_names=Non
     raise UserError(f"{flag} {folder}: none of the first {len(errors)} images can be read: {errors[0]}")
 
 
-# ---------------------------------------------------------------- open and decode
-
-
 def check_color_mode(in_chans, data_set):
     """Raise UserError unless Pillow images, such as those of this data set, can have so many channels."""
     if in_chans not in COLOR_MODES:
@@ -220,7 +213,6 @@ def try_open(images, index, read):
 def decode(image, in_chans, shrink=1):
     """The pixels of an opened image: a Pillow image of mode COLOR_MODES[in_chans]; a tensor as it is.
 
-    16-bit grays keep their upper 8 bits; 32-bit and floating-point ones are stretched from their own range to 8 bits.
     shrink: for a JPEG 2, 4 or 8 decodes each side at 1 / shrink of its length, rounded up.
     """
     if torch.is_tensor(image):
@@ -237,7 +229,7 @@ def decode(image, in_chans, shrink=1):
 
 def convert_to_8_bits(gray, sixteen):
     array = np.asarray(gray)
-    if sixteen:
+    if sixteen:  # keep the upper 8 bits; stretch others from their own range
         return Image.fromarray((array >> 8).astype(np.uint8))
     low, high = float(array.min()), float(array.max())
     return Image.fromarray(np.rint((array - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
@@ -274,9 +266,7 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
-class Crop(NamedTuple):
-    """A rectangle of an image, in pixels."""
-
+class Crop(NamedTuple):  # a rectangle of an image, in pixels
     top: int
     left: int
     height: int
@@ -300,8 +290,7 @@ def find_shrink(image, crops, size):
 class RandomCrop:
     """Random crops of an opened image by the law of torchvision's RandomResizedCrop, resized to size (height, width).
 
-    interpolation: bicubic, bilinear or random, which is one of the two. fast: crops are uint8 tensors (C, H, W); else
-    Pillow images, unless the image is a tensor.
+    interpolation: bicubic, bilinear or random, which is one of the two. fast: crops are uint8 tensors (C, H, W).
     """
 
     def __init__(self, size, scale, interpolation, in_chans, fast=False):
@@ -329,11 +318,6 @@ class RandomCrop:
         return self.cut(image, [self.draw(image)])[0]
 
 
-def read_image(path, in_chans):
-    with open_image(path, in_chans) as image:
-        return decode(image, in_chans)
-
-
 def read_files(flag, paths, in_chans, transform):
     """Yield (path, transform(image)) of files and of folders of them. Raises UserError for none and unreadable ones."""
     files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
@@ -341,13 +325,11 @@ def read_files(flag, paths, in_chans, transform):
         raise UserError(f"{flag} {' '.join(paths)}: no image there")
     for file in files:
         try:
-            image = read_image(file, in_chans)
+            with open_image(file, in_chans) as image:
+                pixels = decode(image, in_chans)
         except Exception as error:  # Pillow's plugins raise nearly everything
             raise UserError(f"{flag} {file}: cannot be read: {error}") from None
-        yield file, transform(image)
-
-
-# ---------------------------------------------------------------- normalize
+        yield file, transform(pixels)
 
 
 @functools.cache  # a copy to a GPU for each batch would wait for it

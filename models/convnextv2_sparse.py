@@ -107,10 +107,8 @@ class SparseConvNeXtV2(Network):
 
 def norm_rows(norm, x):
     """Call norm, a layer for maps with channels first, on packed rows (N, S, C)."""
-    if is_plain(norm, LayerNorm, x):  # called on transposed rows, its gradient would be copied where it is added
+    if is_plain(norm, LayerNorm, x):  # without views, into whose gradients autograd does not add in place
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    if isinstance(norm, LayerNorm):
-        return norm(x.transpose(1, 2)).transpose(1, 2)
     return map_as_rows(norm(rows_as_map(x)))
 
 

@@ -39,7 +39,7 @@ def depthwise_conv(x, conv):
 
             return kernels.depthwise_conv(x, conv.weight, conv.bias)
         if x.device.type == "cpu":
-            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias))
+            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), None)
     return conv(x)
 
 
@@ -54,7 +54,7 @@ def sparse_depthwise_conv(x, conv, sites):
 
             return kernels.sparse_depthwise_conv(x, conv.weight, conv.bias, sites.visible, sites.slots)
         if x.device.type == "cpu":
-            return _SparseDepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), sites)
+            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), sites)
     return pack(conv(unpack(x, sites)), sites)
 
 
@@ -68,10 +68,17 @@ def cast_as_autocast(*tensors):
 # ---- On the CPU
 
 
-def _conv_channels_last(x, weight, bias=None):
+def _conv_channels_last(x, weight, bias):
     """The convolution with channels last in memory, which on the CPU is 2 to 3 times as fast."""
     x = x.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+def _conv_of_sites(x, weight, bias, sites):
+    """The convolution of maps (N, C, H, W), or of packed rows (N, S, C) at sites."""
+    if sites is None:
+        return _conv_channels_last(x, weight, bias)
+    return pack(_conv_channels_last(unpack_by_gathering(x, sites), weight, bias), sites)
 
 
 def _fold(x):
@@ -93,53 +100,32 @@ def _folded_weight_grad(x, grad, weight):
 
 
 class _DepthwiseConvCPU(torch.autograd.Function):
-    """Depthwise convolution for the CPU, with a faster backward.
+    """Depthwise convolution for the CPU, dense (sites is None) or submanifold sparse, with a faster backward.
 
     PyTorch's weight gradient of a channels-last depthwise convolution takes 10 times as long as the forward. But for
     one channel of one image it is the correlation of the input with the output's gradient: a depthwise convolution
     again, of one image of N * C channels, with a kernel as large as the image. The gradient of the input is the
     convolution with the flipped kernel. Both then run at about the forward's speed.
+
+    If sparse, rows instead of canvases are kept for the backward pass.
     """
 
     @staticmethod
-    def forward(x, weight, bias):
-        return _conv_channels_last(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _ = inputs
+    def forward(ctx, x, weight, bias, sites):
         ctx.save_for_backward(x, weight)
+        ctx.sites = sites
+        return _conv_of_sites(x, weight, bias, sites)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad_x = _conv_channels_last(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
-        grad_weight = _folded_weight_grad(x, grad, weight) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-
-
-class _SparseDepthwiseConvCPU(torch.autograd.Function):
-    """`pack(conv(unpack(x)))` for the CPU, which keeps rows instead of canvases for the backward pass."""
-
-    @staticmethod
-    def forward(x, weight, bias, sites):
-        return pack(_conv_channels_last(unpack_by_gathering(x, sites), weight, bias), sites)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, ctx.sites = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = pack(_conv_channels_last(unpack_by_gathering(grad, ctx.sites), weight.flip(2, 3)), ctx.sites)
-        if ctx.needs_input_grad[1]:
-            x_canvas, grad_canvas = (unpack_by_gathering(rows, ctx.sites, space_first=True) for rows in (x, grad))
-            grad_weight = _folded_weight_grad(x_canvas, grad_canvas, weight)
-        return grad_x, grad_weight, grad.sum((0, 1)) if ctx.needs_input_grad[2] else None, None
+        sites, (x_needed, weight_needed, bias_needed, _) = ctx.sites, ctx.needs_input_grad
+        grad_x = _conv_of_sites(grad, weight.flip(2, 3), None, sites) if x_needed else None
+        grad_bias = grad.sum((0, 2, 3) if sites is None else (0, 1)) if bias_needed else None
+        if weight_needed and sites is not None:
+            x, grad = (unpack_by_gathering(rows, sites, space_first=True) for rows in (x, grad))
+        grad_weight = _folded_weight_grad(x, grad, weight) if weight_needed else None
+        return grad_x, grad_weight, grad_bias, None
 
 
 # ---- In Triton

@@ -333,25 +333,20 @@ _weight_grad.register_autograd(_weight_grad_backward, setup_context=_weight_grad
 # ---- What the models call
 
 
-def _apply(x, weight, bias, visible=None, slots=None):
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        # The taps stay as they are: read once a program, summed in float32 in any case.
-        x = x.to(torch.get_autocast_dtype(device))
-    return _conv(x, weight.flatten(1).t().contiguous(), bias, visible, slots)
-
-
 def depthwise_conv(x, weight, bias):
     """Depthwise convolution, zero padded: (N, C, H, W), channels last in memory, with a (C, 1, 7, 7) -> the same."""
-    return _apply(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    return sparse_depthwise_conv(x.permute(0, 2, 3, 1), weight, bias, None, None).permute(0, 3, 1, 2)
 
 
 def sparse_depthwise_conv(x, weight, bias, visible, slots):
     """Submanifold sparse depthwise convolution: packed rows (N, S, C) with a (C, 1, 7, 7) -> packed rows.
 
-    visible: (N, V) and slots: (N, h, w), of int32.
+    visible: (N, V) and slots: (N, h, w), of int32; both None for a dense x (N, H, W, C).
     """
-    return _apply(x, weight, bias, visible, slots)
+    if torch.is_autocast_enabled(x.device.type):
+        # The taps stay as they are: read once a program, summed in float32 in any case.
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _conv(x, weight.flatten(1).t().contiguous(), bias, visible, slots)
 
 
 def try_on(device):
@@ -363,9 +358,6 @@ def try_on(device):
         x, grad = torch.arange(128, device=device).view(2, 1, 2, 32).to(dtype) / 128
         taps, bias = torch.ones(49, 32, device=device) / 64, torch.ones(32, device=device)
         for operator, inputs in ((_conv, (x, taps, bias, *tables)), (_weight_grad, (x, grad, *tables))):
-            results, expected = operator(*inputs), operator._init_fn(*inputs)
-            if not all(
-                torch.allclose(*pair, atol=0.02)
-                for pair in zip(tree_leaves(results), tree_leaves(expected), strict=True)
-            ):
+            results, expected = tree_leaves(operator(*inputs)), tree_leaves(operator._init_fn(*inputs))
+            if not all(torch.allclose(*pair, atol=0.02) for pair in zip(results, expected, strict=True)):
                 raise RuntimeError(f"wrong results of {operator._opoverload} for {dtype}")

@@ -27,9 +27,9 @@ TIMM_NAMES = (
 )
 # Options of our models that timm's networks allow for, or that concern the pre-training alone
 TIMM_OPTIONS = set(
-    "in_chans num_classes depths dims drop_path_rate head_init_scale stem_stride img_size patch_size".split()
+    "in_chans num_classes depths dims drop_path_rate head_init_scale stem_stride img_size patch_size mask_ratio "
+    "norm_pix_loss decoder_depth decoder_embed_dim sparse_backend".split()
 )
-TIMM_OPTIONS |= set("mask_ratio norm_pix_loss decoder_depth decoder_embed_dim sparse_backend".split())
 
 
 def rename(name, pairs):
@@ -72,23 +72,16 @@ def check_timm_has(state, config):
         raise ValueError(f"stem stride {network['stem_stride']}: timm's ConvNeXt V2 has 4 only")
     if unknown := sorted(config.keys() - TIMM_OPTIONS):
         raise ValueError(f"options {', '.join(unknown)}: timm's ConvNeXt V2 has no such option")
-    expected, given = (
-        backbone_names(network["depths"]),
-        state.keys() - {"norm.weight", "norm.bias", "head.weight", "head.bias"},
-    )
+    stages = [f"downsample_layers.{stage}.{i}" for stage in range(4) for i in range(2)]
+    blocks = [f"stages.{stage}.{i}" for stage, depth in enumerate(network["depths"]) for i in range(depth)]
+    layers = stages + [f"{block}.{layer}" for block in blocks for layer in ("dwconv", "norm", "pwconv1", "pwconv2")]
+    expected = {f"{layer}.{name}" for layer in layers for name in ("weight", "bias")}
+    expected |= {f"{block}.grn.{name}" for block in blocks for name in ("gamma", "beta")}
+    given = {name for name in state if not name.startswith(("norm.", "head."))}
     differences = [f"{name} is missing" for name in sorted(expected - given)]
     differences += [f"{name} has no place there" for name in sorted(given - expected)]
     if differences:
         raise ValueError(f"not the parameters of timm's ConvNeXt V2: {'; '.join(differences[:4])}")
-
-
-def backbone_names(depths):
-    """The names of the parameters of a network with GRN, without norm and head."""
-    layers = [f"downsample_layers.{stage}.{i}" for stage in range(4) for i in range(2)]
-    blocks = [f"stages.{stage}.{i}" for stage, depth in enumerate(depths) for i in range(depth)]
-    layers += [f"{block}.{layer}" for block in blocks for layer in ("dwconv", "norm", "pwconv1", "pwconv2")]
-    names = {f"{layer}.{name}" for layer in layers for name in ("weight", "bias")}
-    return names | {f"{block}.grn.{name}" for block in blocks for name in ("gamma", "beta")}
 
 
 def remap_checkpoint_keys(state):
@@ -143,25 +136,21 @@ def load_weights(model, state):
     """Load exactly the weights of a model. Raises ValueError, with a difference of each kind, if `state` has others."""
     expected = model.state_dict()
     state = {name: unflatten(value, expected[name]) if name in expected else value for name, value in state.items()}
+    shared = [name for name in expected if name in state]
     differences = [
         [f"{name} is missing" for name in expected if name not in state],
         [f"{name} is not of this model" for name in state if name not in expected],
         [
-            f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-            for name, value in expected.items()
-            if name in state and state[name].shape != value.shape
+            f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+            for name in shared
+            if state[name].shape != expected[name].shape
         ],
     ]
     if any(differences):
-        examples = "; ".join(kind[0] for kind in differences if kind)
-        hint = (
-            ". Load a pre-training checkpoint with --finetune"
-            if "head.weight" in expected and "mask_token" in state
-            else ""
-        )
-        raise ValueError(
-            f"a checkpoint of another model: {sum(map(len, differences))} differences, such as {examples}{hint}"
-        )
+        count, examples = sum(map(len, differences)), "; ".join(kind[0] for kind in differences if kind)
+        pretrained = "head.weight" in expected and "mask_token" in state
+        hint = ". Load a pre-training checkpoint with --finetune" if pretrained else ""
+        raise ValueError(f"a checkpoint of another model: {count} differences, such as {examples}{hint}")
     model.load_state_dict(state)
 
 

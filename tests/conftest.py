@@ -1,5 +1,6 @@
 """Shared by the tests: small images, and the script run in this process as from a command line."""
 
+import functools
 import json
 import signal
 import socket
@@ -15,6 +16,7 @@ import checkpoints
 import main_finetune
 import main_pretrain
 from flags import FlagParser
+from models import convnextv2, fcmae
 
 torch.set_num_threads(1)  # two processes test at a time, see Makefile
 SLOWEST = ["test_distributed", "test_submitit", "test_tools", "test_kernels", "test_hooks", "test_main_finetune"]
@@ -118,6 +120,14 @@ def run_script_here(module, flags, monkeypatch, capsys):
         utils.run_main(module.main, parser.parse_args(), parser.prog)
 
     return run_here(run, [parser.prog, *flags], monkeypatch, capsys)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Put fewer blocks and channels into both convnextv2_atto, for runs whose size does not matter."""
+    size = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+    monkeypatch.setattr(convnextv2, "convnextv2_atto", functools.partial(convnextv2.ConvNeXtV2, **size))
+    monkeypatch.setattr(fcmae, "convnextv2_atto", functools.partial(fcmae.FCMAE, **size))
 
 
 @pytest.fixture

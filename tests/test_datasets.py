@@ -83,7 +83,7 @@ def test_drawing_samples_leaves_the_global_generators_alone(image_folder):
     args = flags("--data_set image_folder --input_size 48", data_path=str(image_folder))
     for dataset in (
         PretrainDataset(ImageFolder(image_folder, 3), (32, 32), 16, 0),
-        datasets.build_dataset(True, args)[0],
+        datasets.build_dataset(True, args),
     ):
         utils.set_seed(0)
         expected = draw()
@@ -465,8 +465,8 @@ def test_arrays_are_augmented_as_pictures_are(tmp_path, size, in_chans):
     text = f"--data_set image_folder --input_size {size} --in_chans {in_chans}" + " --aa none" * (in_chans == 5)
     args = flags(text, data_path=str(tmp_path), eval_data_path=str(tmp_path))
     for dataset, key in (
-        (datasets.build_dataset(True, args)[0], (0, 0, 0)),
-        (datasets.build_dataset(False, args)[0], 0),
+        (datasets.build_dataset(True, args), (0, 0, 0)),
+        (datasets.build_dataset(False, args), 0),
     ):
         image = dataset[key][0]
         assert image.shape == (in_chans, size, size) and image.dtype == torch.uint8
@@ -476,7 +476,7 @@ def test_arrays_are_augmented_as_pictures_are(tmp_path, size, in_chans):
 
 def test_a_labelled_sample_is_a_function_of_seed_epoch_index_and_repeat(labelled_folder):
     def build(seed):
-        return datasets.build_dataset(True, flags("--input_size 48", seed=seed, data_path=str(labelled_folder)))[0]
+        return datasets.build_dataset(True, flags("--input_size 48", seed=seed, data_path=str(labelled_folder)))
 
     first, again, other = build(0), build(0), build(1)
     keys = [(0, 3, 0), (1, 3, 0), (0, 4, 0), (0, 3, 1)]
@@ -492,7 +492,7 @@ def test_a_labelled_sample_is_a_function_of_seed_epoch_index_and_repeat(labelled
 
 def test_batches_of_workers_are_those_of_the_main_process(labelled_folder):
     args = flags("--input_size 48", data_path=str(labelled_folder))
-    dataset, _ = datasets.build_dataset(True, args)
+    dataset = datasets.build_dataset(True, args)
     batches = []
     for args.num_workers in (0, 2):
         loader, _ = datasets.build_train_loader(dataset, args, "cpu")
@@ -507,9 +507,9 @@ def test_a_replaced_image_brings_its_own_class(tmp_path):
     (tmp_path / "a" / "1.png").write_text("not an image")
     text = "--data_set image_folder --input_size 32 --num_workers 0"
     args = flags(text, data_path=str(tmp_path), eval_data_path=str(tmp_path))
-    _, target, index, unreadable = datasets.build_dataset(True, args)[0][0, 0, 0]
+    _, target, index, unreadable = datasets.build_dataset(True, args)[0, 0, 0]
     assert (target, index) == (1, 1) and unreadable[0].startswith(str(tmp_path / "a" / "1.png"))
-    dataset, _ = datasets.build_dataset(False, args)
+    dataset = datasets.build_dataset(False, args)
     (batch,) = datasets.build_eval_loader(dataset, args, "cpu")
     assert batch.indices.tolist() == [1] and batch.targets.tolist() == [1] and len(batch.imgs) == len(batch.unreadable)
     nothing = LabelledBatch.collate([dataset[0]])
@@ -517,7 +517,7 @@ def test_a_replaced_image_brings_its_own_class(tmp_path):
 
 
 def test_an_error_of_the_augmentation_is_not_taken_for_an_unreadable_image(labelled_folder):
-    dataset, _ = datasets.build_dataset(True, flags("--input_size 48 --aa none", data_path=str(labelled_folder)))
+    dataset = datasets.build_dataset(True, flags("--input_size 48 --aa none", data_path=str(labelled_folder)))
     dataset.augment = lambda image: 1 / 0
     with pytest.raises(ZeroDivisionError):
         dataset[0, 0, 0]
@@ -526,7 +526,7 @@ def test_an_error_of_the_augmentation_is_not_taken_for_an_unreadable_image(label
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_covers_every_image_once(labelled_folder, monkeypatch, world_size):
     args = flags("--input_size 32 --num_workers 0", data_path=str(labelled_folder), batch_size=2)
-    dataset, count = datasets.build_dataset(False, args)
+    dataset = datasets.build_dataset(False, args)
     monkeypatch.setattr(utils, "get_world_size", lambda: world_size)
 
     def indices(rank, divided=True):
@@ -535,7 +535,9 @@ def test_evaluation_covers_every_image_once(labelled_folder, monkeypatch, world_
         assert len(loader) == len(list(loader))
         return [index for batch in loader for index in batch.indices.tolist()]
 
-    assert count == 3 and sorted(index for rank in range(world_size) for index in indices(rank)) == list(range(7))
+    assert len(dataset.images.class_names) == 3 and sorted(
+        index for rank in range(world_size) for index in indices(rank)
+    ) == list(range(7))
     assert all(indices(rank, divided=False) == list(range(7)) for rank in range(world_size))
 
 

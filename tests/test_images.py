@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from torchvision.transforms import v2
 
 import images
-from images import ClassFolders, Crop, Digits, RandomCrop, build_images, find_images, read_image
+from images import ClassFolders, Crop, Digits, RandomCrop, build_images, find_images
 from utils import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
@@ -23,6 +23,11 @@ RGB = np.stack([GRAY, GRAY * 2, 255 - GRAY], axis=-1)
 def save(tmp_path, image, name):
     image.save(tmp_path / name)
     return tmp_path / name
+
+
+def read_image(path, in_chans):
+    with images.open_image(path, in_chans) as image:
+        return images.decode(image, in_chans)
 
 
 def read_set(image_set, index):

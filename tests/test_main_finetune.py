@@ -45,12 +45,6 @@ def small(labelled_folder):
 
 
 @pytest.fixture
-def narrow(monkeypatch):
-    """An atto of fewer blocks and channels, in which float16, slow on a CPU, takes no time."""
-    monkeypatch.setitem(convnextv2.SIZES, "convnextv2_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)})
-
-
-@pytest.fixture
 def brief(small):
     """3 steps without evaluation."""
     return [*small, *"--images_per_class 4 --warmup_epochs 0 --epochs 1 --disable_eval true".split()]
@@ -702,25 +696,24 @@ def test_eval_reads_weights_of_other_programs(finished, small, finetune, tmp_pat
 
 
 def test_any_number_of_processes_evaluates_every_image_once(finetune, tmp_path, evaluations):
-    """The 359 digits held out: neither 2 nor 3 processes take equally many."""
+    """The 359 digits held out, of which 3 processes do not take equally many."""
     torch.manual_seed(0)
     model = convnextv2.convnextv2_atto(in_chans=1, num_classes=10)
     torch.save({"model": model.state_dict()}, tmp_path / "random.pth")
     flags = [*TINY, *"--in_chans 1 --data_set DIGITS --eval true --batch_size 50".split()]
     flags += ["--resume", tmp_path / "random.pth", "--output_dir"]
-    others = [torchrun(processes, *flags, tmp_path / str(processes)) for processes in (2, 3)]
-    printed = [finetune(*flags, tmp_path / "1").out, *map(output, others)]
+    three = torchrun(3, *flags, tmp_path / "3")
+    printed = [finetune(*flags, tmp_path / "1").out, output(three)]
     _, _, counts = table(tmp_path / "1" / "confusion.csv")
     assert counts.sum() == 359 and (counts.sum(0) > 0).sum() > 1  # not all the same class
     pattern = r"evaluation: top-1 ([\d.]+) %  top-5 ([\d.]+) %  loss ([\d.]+)  \(359 images\)"
     results = [re.findall(pattern, out) for out in printed]
-    assert results[0] == results[1] == results[2] and len(results[0]) == 1
+    assert results[0] == results[1] and len(results[0]) == 1
     for name in ("confusion.csv", "per_class.csv"):
-        assert len({(tmp_path / run / name).read_bytes() for run in "123"}) == 1
-    for run in "23":
-        logged = events(tmp_path / run)
-        assert logged.Scalars("test/loss")[0].value == pytest.approx(evaluations[0].loss, rel=1e-6)
-        assert len(logged.Images("confusion")) == 1  # which is written last
+        assert len({(tmp_path / run / name).read_bytes() for run in "13"}) == 1
+    logged = events(tmp_path / "3")
+    assert logged.Scalars("test/loss")[0].value == pytest.approx(evaluations[0].loss, rel=1e-6)
+    assert len(logged.Images("confusion")) == 1  # which is written last
 
 
 # ---------------------------------------------------------------- command lines of the original

@@ -44,8 +44,6 @@ WARM_UP = 2  # rounds
 # Default batch size on the CPU, 4 for the other sizes; 32 times that on a GPU
 BATCH_SIZE = dict.fromkeys(["atto", "femto", "pico", "nano"], 8) | {"base": 2, "large": 1, "huge": 1}
 
-# ---------------------------------------------------------------- time and memory of a step
-
 
 def time_ms(step, device):
     """Milliseconds that one step takes, on a GPU between two CUDA events."""
@@ -89,12 +87,11 @@ def measure_peak(model, contestant, batch_size, args):
     return round((read_status("VmHWM") - before) / 2**10)
 
 
-def read_status(field):  # in KiB
+def read_status(field):  # KiB
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def make_row(model, contestant, batch_size, args):
-    """The row of a contestant so far, with its peak memory: for a fresh process."""
     row = dict(contestant=contestant, times_ms=[])
     row["peak_mib"] = attempt(row, measure_peak, model, contestant, batch_size, args)
     return row
@@ -106,9 +103,6 @@ def make_row_in_fresh_process(model, contestant, batch_size, args):
             return pool.submit(make_row, model, contestant, batch_size, args).result()
         except BrokenProcessPool:
             return dict(contestant=contestant, times_ms=[], peak_mib=None, error="its process died: out of memory?")
-
-
-# ---------------------------------------------------------------- comparisons
 
 
 def time_rounds(rows, steps, batch_size, args):
@@ -162,9 +156,6 @@ def compare_loaders(args):
                 time_rounds(rows, steps, count, args)
                 files = "{}, JPEGs of {} x {}".format(training, *size)
                 yield dict(files=files, batch_size=count, contestants=list(rows.values()))
-
-
-# ---------------------------------------------------------------- report
 
 
 def measure_ceilings(args):
@@ -229,9 +220,6 @@ def print_table(result):
         ratio = "-" if row[f"times_{reference}"] is None else f"{row[f'times_{reference}']:.2f}"
         peak = row.get("peak_mib") or "-"
         print(f"{name:24}{row['median_ms']:>10.1f}{spread:>18}{row['images_per_s']:>10}{ratio:>12}{peak:>10}")
-
-
-# ---------------------------------------------------------------- command line
 
 
 def get_args_parser():

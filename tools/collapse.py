@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 import flags
+from images import COLOR_MODES, Digits, find_images, read_files
+from models.utils import GRN
 from tools import common
 from tools.figure import add_legends, check_figure, choose_colors, make_figure, save_figure, shorten_paths
 from utils import UserError
@@ -20,9 +22,7 @@ BATCH = 8  # images at a time
 DEAD = 0.01  # a channel is dead in an image if its norm is at most this fraction of the channels' mean norm
 
 
-class Layer(NamedTuple):
-    """The measurements at one GRN, averages over images."""
-
+class Layer(NamedTuple):  # the measurements at one GRN, averages over images
     block: str  # stages.STAGE.BLOCK, as in the names of the weights
     index: float  # from 0 at the first block to 1 at the last: networks of any depth share the axis
     before: float  # cosine distance of GRN's input, the expanded features after GELU
@@ -54,8 +54,6 @@ def dead_channels(x):
 @torch.inference_mode()
 def measure(model, images):
     """The `Layer` of each block in order. model: a `ConvNeXtV2`; images: a list of tensors (in_chans, H, W)."""
-    from models.utils import GRN
-
     grns = {name.removesuffix(".grn"): module for name, module in model.named_modules() if isinstance(module, GRN)}
     sums = dict.fromkeys(grns, 0)
     device = next(model.parameters()).device
@@ -92,7 +90,6 @@ def get_args_parser():
 
 
 def load_network_and_transform(path, args):
-    """The dense network of a checkpoint and the transform of its images. Raises UserError."""
     model, checkpoint = common.load_network(path, args.model_key)
     stride = 8 * model.config["stem_stride"]
     size = common.choose_input_size(args.input_size, checkpoint, stride, multiple_of=stride)
@@ -101,8 +98,6 @@ def load_network_and_transform(path, args):
 
 def read_images(args, in_chans, transform):
     """The images of --images or --data_set as a list of tensors (in_chans, H, W). Raises UserError."""
-    from images import COLOR_MODES, Digits, find_images, read_files
-
     if args.data_set == "DIGITS":
         if in_chans not in COLOR_MODES:
             raise UserError(f"--data_set DIGITS: has 1, 3 or 4 channels, not the {in_chans} of the network")

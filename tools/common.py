@@ -5,6 +5,9 @@ from pathlib import Path
 import flags
 import utils
 from checkpoints import load_checkpoint, training_flags, write_whole
+from datasets import build_eval_transform
+from images import normalize
+from models import convnextv2, weights
 from utils import UserError
 
 
@@ -20,8 +23,6 @@ def add_input_size_arg(add):
 
 def load_network(path, model_key, needs_head=False):
     """The dense network of a checkpoint of any known form, in evaluation mode, and the checkpoint. Raises UserError."""
-    from models import convnextv2, weights
-
     checkpoint = load_checkpoint(path)
     with utils.name_in_errors(f"--checkpoint {path}"):
         if needs_head and "head.weight" not in weights.find_weights(checkpoint, model_key):
@@ -39,9 +40,6 @@ def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):
 
 def build_transform(checkpoint, input_size, in_chans):
     """image -> normalized (C, height, width), as the checkpoint's training evaluates, at the given size."""
-    from datasets import build_eval_transform
-    from images import normalize
-
     flags = training_flags(checkpoint)
     transform = build_eval_transform(size=input_size, in_chans=in_chans, crop_pct=flags.get("crop_pct"))
     return lambda image: normalize(transform(image)[None], flags.get("imagenet_default_mean_and_std", True))[0]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import flags
 import utils
+from checkpoints import load_checkpoint, save_whole
+from models import weights
 from tools.common import add_model_key_arg
 from utils import UserError
 
@@ -23,9 +25,6 @@ def get_args_parser():
 
 
 def main(args):
-    from checkpoints import load_checkpoint, save_whole
-    from models import weights
-
     checkpoint = load_checkpoint(args.input)
     if Path(args.output).resolve() == Path(args.input).resolve():
         raise UserError(f"OUT {args.output}: is the same file as IN; choose another name")

@@ -1,8 +1,7 @@
 """The plain way to compute FCMAE's encoder, a dense network that masks every activation: the reference of the others.
 
-SparK, ports to mobile frameworks and the original's JAX code do it like this. To be equal to sparse convolution, masked
-sites must be zero before each depthwise convolution, LayerNorm's bias must not refill them, and GRN's norm must skip
-them. It computes every site, in (N, C, H, W) throughout, and shares only the parameters with the project's encoder.
+Masked sites must be zero before each depthwise convolution, and GRN's norm must skip them. It computes every site, in
+(N, C, H, W) throughout, and shares only the parameters with the project's encoder.
 """
 
 import torch
@@ -32,10 +31,7 @@ def masked_block(block, x, visible):
 
 
 class DenseMasked(nn.Module):
-    """Images (N, in_chans, H, W), mask (N, L), 1 = masked -> latent (N, C, h, w), zero at masked patches.
-
-    encoder: a `SparseConvNeXtV2`, whose parameters are shared, not copied.
-    """
+    """Images (N, in_chans, H, W), mask (N, L), 1 = masked -> latent (N, C, h, w), zero at masked patches."""
 
     def __init__(self, encoder):
         super().__init__()

@@ -52,11 +52,9 @@ def choose_colors(names):
     """{name: color}: matplotlib's usual ten if those are enough, else as many that are easy to distinguish."""
     from matplotlib import colormaps
 
-    count = len(names)
-    colors = colormaps["tab10"].colors[:count]
-    if count > 10:
-        colors = [colormaps["turbo"](0.05 + 0.9 * i / (count - 1)) for i in range(count)]
-    return dict(zip(names, colors, strict=True))
+    if len(names) <= 10:
+        return dict(zip(names, colormaps["tab10"].colors, strict=False))
+    return {name: colormaps["turbo"](0.05 + 0.9 * i / (len(names) - 1)) for i, name in enumerate(names)}
 
 
 def add_legends(figure, colors, styles):

@@ -1,12 +1,11 @@
 """What `tools.benchmark --part loader` times: from JPEG files to a batch.
 
-    original           Pillow, and torchvision's or timm's transforms as there: float32, normalized, randomly erased
-    this loader        datasets.py: uint8, which the device normalizes and erases
-    4 crops an image   the same with --repeated_sampling 4, for pre-training
-
-One process, one thread, no workers, files that the system still holds in memory: the speed of a core, not of a disk.
+original           Pillow, and torchvision's or timm's transforms as there: float32, normalized, randomly erased
+this loader        datasets.py: uint8, which the device normalizes and erases
+4 crops an image   the same with --repeated_sampling 4, for pre-training
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -25,10 +24,7 @@ COUNTS = {(500, 375): 100, (2000, 1500): 20}  # width and height of the files: h
 
 
 def draw_jpegs(folder, count, size):
-    """`count` JPEGs of quality 90 and this (width, height): parts of scikit-learn's two photographs, resized.
-
-    Those are 640 x 427, so that 500 x 375 takes 0.28 bytes a pixel, but 2000 x 1500, smoother than from a camera, 0.13.
-    """
+    """`count` JPEGs of quality 90 and this (width, height): parts of scikit-learn's two photographs, resized."""
     from sklearn.datasets import load_sample_image
 
     rng = np.random.default_rng(0)
@@ -44,14 +40,12 @@ def draw_jpegs(folder, count, size):
 
 
 def pretrain_transform(input_size):
-    """The original's: a Pillow image cropped, flipped, made a tensor and normalized, all on the CPU."""
     crop = transforms.RandomResizedCrop(input_size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     normalize = transforms.Normalize(*IMAGENET_STATISTICS)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
 
 
 def finetune_transform(input_size):
-    """The original's by default, timm's: RandAugment and random erasing, all on the CPU."""
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = datasets.posterize  # with Pillow 13 timm's fails now and then
     policy = dict(auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic")
@@ -59,7 +53,6 @@ def finetune_transform(input_size):
 
 
 def original_loader(folder, transform):
-    """One batch of all images of a folder, float32."""
     images = torchvision_datasets.ImageFolder(folder, transform)
     return DataLoader(images, batch_size=len(images), shuffle=True)
 
@@ -71,7 +64,7 @@ def project_loader(training, folder, input_size, repeats=1):
     count = sum(path.is_file() for path in folder.rglob("*"))
     command = f"--data_set image_folder --input_size {input_size} --batch_size {count} --num_workers 0 --no-pin_mem"
     args = script.get_args_parser().parse_args([*command.split(), "--data_path", str(folder)])
-    dataset = datasets.build_pretrain_dataset(args) if pretraining else datasets.build_dataset(True, args)[0]
+    dataset = datasets.build_pretrain_dataset(args) if pretraining else datasets.build_dataset(True, args)
     loader, _ = datasets.build_train_loader(dataset, args, "cpu", repeats)
     return loader
 
@@ -84,15 +77,11 @@ def make_steps(training, folder, input_size):
     loaders["this loader"] = project_loader(training, folder, input_size)
     if pretraining:
         loaders["4 crops an image"] = project_loader(training, folder, input_size, repeats=4)
-    return {name: make_step(loader) for name, loader in loaders.items()}
-
-
-def make_step(loader):
     epochs = itertools.count()
 
-    def step():
+    def step(loader):
         if hasattr(loader.batch_sampler, "set_position"):
             loader.batch_sampler.set_position(next(epochs), 0)  # other crops each time
         (_,) = loader
 
-    return step
+    return {name: functools.partial(step, loader) for name, loader in loaders.items()}

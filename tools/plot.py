@@ -4,6 +4,7 @@ python -m tools.plot output/tiny                                    # writes out
 python -m tools.plot output/tiny output/base --output curves.png    # beside each other
 """
 
+import itertools
 import json
 import math
 import os
@@ -57,11 +58,7 @@ def parse_line(line):
 
 
 def read_log(path):
-    """The entries of log.txt as {epochs done: {key: value}}, rising; other lines are skipped and counted.
-
-    An entry discards earlier ones of the same or later epochs: the run resumed from an earlier checkpoint. Raises
-    UserError if the file cannot be read or has no entry.
-    """
+    """The entries of log.txt as {epochs done: {key: value}}, rising. Raises UserError if there is none."""
     try:
         lines = [line for line in path.read_text(errors="replace").split("\n") if line.strip()]
     except OSError as error:
@@ -72,7 +69,7 @@ def read_log(path):
     if len(lines) > len(entries):
         print(f"{path}: skipped {len(lines) - len(entries)} lines that are no JSON object with an epoch")
     epochs = {}
-    for done, values in entries:
+    for done, values in entries:  # one of an earlier epoch: the run resumed from there
         epochs = {earlier: epochs[earlier] for earlier in epochs if earlier < done} | {done: values}
     return epochs
 
@@ -88,19 +85,14 @@ def read_runs(paths):
 def find_curves(runs, panel):
     """[(name of the run, kind, {epochs done: value})] of each run and key of the panel with a finite value."""
     curves = []
-    for name, epochs in runs.items():
-        for key, kind in panel.items():
-            points = {done: entry[key] for done, entry in epochs.items() if math.isfinite(entry.get(key, math.nan))}
-            if points:
-                curves.append((name, kind, points))
+    for name, (key, kind) in itertools.product(runs, panel.items()):
+        points = {done: entry[key] for done, entry in runs[name].items() if math.isfinite(entry.get(key, math.nan))}
+        curves += [(name, kind, points)] if points else []
     return curves
 
 
 def draw(runs):
-    """A matplotlib figure of the panels that have data: one color per run, one line style per kind of curve.
-
-    Raises UserError if no run has a finite value.
-    """
+    """A matplotlib figure of the panels that have data. Raises UserError if no run has a finite value."""
     panels = {label: curves for label, panel in PANELS.items() if (curves := find_curves(runs, panel))}
     if not panels:
         raise UserError(f"nothing to draw: no finite value of {', '.join(KEYS)}")

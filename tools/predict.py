@@ -3,7 +3,10 @@
 python -m tools.predict --checkpoint OUTPUT/checkpoint-best.pth A.jpg B.png
 """
 
+import torch
+
 import flags
+from images import read_files
 from tools.common import add_input_size_arg, add_model_key_arg, build_transform, choose_input_size, load_network
 
 
@@ -19,10 +22,6 @@ def get_args_parser():
 
 
 def main(args):
-    import torch
-
-    from images import read_files
-
     model, checkpoint = load_network(args.checkpoint, args.model_key, needs_head=True)
     count, in_chans = model.head.out_features, model.config["in_chans"]
     size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])

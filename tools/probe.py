@@ -4,8 +4,7 @@
     torchrun --nproc_per_node=8 -m tools.probe --checkpoint OUTPUT/checkpoint-799.pth --data_path IMAGENET
     python -m tools.probe --checkpoint OUTPUT/checkpoint-19.pth --data_path DIGITS
 
-A feature is the mean over all sites of the encoder's last stage, of the whole image without augmentation. Both
-classifiers are fitted on the training images, tested on the others, and deterministic.
+A feature is the mean over all sites of the encoder's last stage. Both classifiers are deterministic.
 """
 
 from argparse import Namespace
@@ -13,6 +12,7 @@ from argparse import Namespace
 import datasets
 import flags
 import utils
+from evaluation import probe
 from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, load_network
 
 
@@ -31,8 +31,6 @@ def get_args_parser():
 
 
 def main(args):
-    from evaluation import probe
-
     flags.check_device(args)
     model, checkpoint = load_network(args.checkpoint, args.model_key)
     size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])

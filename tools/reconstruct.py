@@ -5,8 +5,15 @@ python -m tools.reconstruct --checkpoint OUTPUT/checkpoint-799.pth --images A.jp
 
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 import flags
 import utils
+from checkpoints import load_checkpoint, training_flags
+from evaluation import draw_reconstructions
+from images import read_files
+from models import fcmae
 from tools.common import add_input_size_arg, check_output, choose_input_size, write_output
 from utils import UserError
 
@@ -25,14 +32,7 @@ def get_args_parser():
 
 
 def main(args):
-    import torch
-    from PIL import Image
     from torchvision.transforms import InterpolationMode, v2
-
-    from checkpoints import load_checkpoint, training_flags
-    from evaluation import draw_reconstructions
-    from images import read_files
-    from models import fcmae
 
     Image.init()
     file_format = Image.registered_extensions().get(Path(args.output).suffix.lower())
