@@ -36,7 +36,7 @@ import torch
 
 import utils
 from flags import Switch, at_least
-from models.weights import find_weights, load_weights, remap_checkpoint_keys
+from models.weights import check_same_blocks, find_weights, load_weights, remap_checkpoint_keys
 from utils import UserError, log
 
 CHECKPOINT_FORMAT = 2
@@ -319,6 +319,7 @@ def restore(run):
 
 def load_model_and_ema(run, checkpoint, path):
     """Load a checkpoint's weights and its EMA weights. If it has none, the average starts from the weights."""
+    check_same_blocks(checkpoint.get("config", {}), run.model)
     load_weights(run.model, find_weights(checkpoint))
     if run.model_ema is None:
         return

@@ -24,7 +24,7 @@ from engine_finetune import evaluate, train_one_epoch
 from evaluation import Evaluation
 from flags import Switch, at_least, fraction, fraction_below_1
 from models import convnextv2
-from models.weights import find_weights, load_backbone, load_weights
+from models.weights import check_same_blocks, find_weights, load_backbone, load_weights
 from run import Run, add_watch_args, check_watch_args, log_configuration, train
 from utils import UserError, log
 
@@ -124,6 +124,7 @@ def load_finetune(args, model):
     """Start from the weights in --finetune, and report what was loaded and what was not."""
     checkpoint = checkpoints.load_checkpoint(args.finetune)
     with utils.name_in_errors(args.finetune):
+        check_same_blocks(checkpoint.get("config", {}), model)
         report = load_backbone(model, find_weights(checkpoint, args.model_key, args.model_prefix))
     for line in report:
         log(f"{args.finetune}: {line}")
@@ -179,6 +180,7 @@ def evaluate_only(args, device):
     # model
     model = utils.to_device(build_model(args, len(class_names)), device, args.triton)
     with utils.name_in_errors(path):
+        check_same_blocks(checkpoint.get("config", {}), model)
         load_weights(model, weights)
     run = Run(args, model, device, images=dataset.images, class_names=class_names)
     if "format" in checkpoint:

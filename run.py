@@ -352,11 +352,10 @@ def log_configuration(run, schedule, model_description, loader):
     if schedule.warmup_epochs >= args.epochs:
         log(f"warm-up of {schedule.warmup_epochs:g} epochs: the learning rate rises during all of {args.epochs}")
     log(f"{args.model}, {model_description}")
-    ranks = utils.get_world_size()
-    log(
-        f"{len(run.images)} images, {run.steps_per_epoch} steps of {effective_batch_size(args)} an epoch; peak "
-        f"learning rate {schedule.peak_lr:.2e}; {ranks} rank{'s' * (ranks > 1)}, {loader.num_workers} loader workers each"
-    )
+    steps = f"{run.steps_per_epoch} steps of {effective_batch_size(args)} an epoch"
+    ranks = f"{utils.get_world_size()} rank{'s' * (utils.get_world_size() > 1)}"
+    workers = f"{loader.num_workers} loader workers each"
+    log(f"{len(run.images)} images, {steps}; peak learning rate {schedule.peak_lr:.2e}; {ranks}, {workers}")
 
 
 def train(run, hooks, train_one_epoch, evaluate=None):

@@ -92,7 +92,9 @@ class Network(nn.Module):
         self.depths, self.dims, self.stem_stride = tuple(depths), tuple(dims), stem_stride
         self.block_options = block_options
         self.config = dict(in_chans=in_chans, depths=self.depths, dims=self.dims, drop_path_rate=drop_path_rate)
-        self.config |= dict(stem_stride=stem_stride, **block_options)
+        defaults = inspect.signature(Block).parameters
+        options = {name: value for name, value in block_options.items() if value != defaults[name].default}
+        self.config |= dict(stem_stride=stem_stride, **options)
         self.downsample_layers = nn.ModuleList([self.make_stem(in_chans)])
         self.downsample_layers += [self.make_downsample(*pair) for pair in zip(dims[:-1], dims[1:], strict=True)]
         last = max(sum(depths) - 1, 1)

@@ -25,8 +25,8 @@ TIMM_NAMES = (
     ("norm.", "head.norm."),
     ("head.", "head.fc."),
 )
-# Options of our models that timm's networks allow for, or that concern the pre-training alone
-TIMM_OPTIONS = set(
+# Options that timm has too, or that concern pre-training alone; others are options of Block
+STANDARD_OPTIONS = set(
     "in_chans num_classes depths dims drop_path_rate head_init_scale stem_stride img_size patch_size mask_ratio "
     "norm_pix_loss decoder_depth decoder_embed_dim sparse_backend".split()
 )
@@ -70,8 +70,8 @@ def check_timm_has(state, config):
     network = network_config(state)
     if network["stem_stride"] != 4:
         raise ValueError(f"stem stride {network['stem_stride']}: timm's ConvNeXt V2 has 4 only")
-    if unknown := sorted(config.keys() - TIMM_OPTIONS):
-        raise ValueError(f"options {', '.join(unknown)}: timm's ConvNeXt V2 has no such option")
+    if options := block_options(config):
+        raise ValueError(f"options {options}: timm's ConvNeXt V2 has none")
     stages = [f"downsample_layers.{stage}.{i}" for stage in range(4) for i in range(2)]
     blocks = [f"stages.{stage}.{i}" for stage, depth in enumerate(network["depths"]) for i in range(depth)]
     layers = stages + [f"{block}.{layer}" for block in blocks for layer in ("dwconv", "norm", "pwconv1", "pwconv2")]
@@ -82,6 +82,21 @@ def check_timm_has(state, config):
     differences += [f"{name} has no place there" for name in sorted(given - expected)]
     if differences:
         raise ValueError(f"not the parameters of timm's ConvNeXt V2: {'; '.join(differences[:4])}")
+
+
+def block_options(config):
+    """The options of the blocks in a model's config: those that other programs' networks do not have."""
+    return {name: value for name, value in config.items() if name not in STANDARD_OPTIONS}
+
+
+def check_same_blocks(config, model):
+    """Raise ValueError if the blocks of a checkpoint's config have other options than a model's.
+
+    Options may leave no trace in the weights, such as another activation.
+    """
+    saved, current = block_options(config), block_options(model.config)
+    if saved != current:
+        raise ValueError(f"a network with options {saved}, not {current}: give the same flags")
 
 
 def remap_checkpoint_keys(state):

@@ -590,6 +590,15 @@ def test_finetune_does_not_matter_once_the_run_has_a_checkpoint(finished, small,
     assert_same_weights(weights(tmp_path, "checkpoint-1.pth"), weights(finished, "checkpoint-1.pth"))
 
 
+@pytest.mark.parametrize("flags", ["--finetune", "--resume", "--eval true --resume"])
+def test_weights_of_blocks_with_other_options_are_refused(finished, small, finetune, tmp_path, flags):
+    checkpoint = load(finished / "checkpoint-1.pth")
+    checkpoint["config"]["activation"] = "relu"  # leaves no trace in the weights
+    torch.save(checkpoint, tmp_path / "other.pth")
+    result = finetune(*small, *flags.split(), tmp_path / "other.pth")
+    assert result.status == 2 and "other.pth: a network with options {'activation': 'relu'}, not {}" in result.err
+
+
 # ---------------------------------------------------------------- --eval
 
 
