@@ -250,7 +250,7 @@ def test_finetune_from_a_file_without_an_encoder(tune, tmp_path):
 
 
 def test_finetune_finds_nothing_under_a_key_or_prefix(tune, tuned):
-    assert_one_clear_line(tune("--finetune", tuned, "--model_prefix", "enc."), tuned, "begin with 'enc.'")
+    assert_one_clear_line(tune("--finetune", tuned, "--model_prefix", "enc."), tuned, "begins with 'enc.'")
     assert_one_clear_line(tune("--finetune", tuned, "--model_key", "net"), tuned, "under 'net'", "it has format, model")
 
 

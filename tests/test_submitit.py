@@ -221,19 +221,20 @@ def test_a_job_on_two_nodes_that_is_interrupted_ends_as_if_it_had_not_been(
     folders = [tmp_path / "jobs" / job for job in jobs]
 
     def output(rank=0):
-        return (folders[1] / f"{jobs[1]}_{rank}_log.out").read_text()
+        path = folders[1] / f"{jobs[1]}_{rank}_log.out"
+        return path.read_text() if path.exists() else ""  # the job may run a moment before it writes
 
     def steps():
         return output().count("epoch 0/1  step")
 
     for number, interrupt in enumerate((["scancel", "--signal=USR2"], ["scontrol", "requeue"]), start=1):
         before = steps() if number > 1 else 0
-        wait_until("three more steps", lambda before=before: state(jobs[1]) == "R" and steps() >= before + 3, 90)
+        wait_until("three more steps", lambda before=before: state(jobs[1]) == "R" and steps() >= before + 3, 240)
         slurm_says(*interrupt, jobs[1])
         start_now(jobs[1])
         assert len(list(folders[1].glob("checkpoint-0-*.pth"))) == number
     for job, folder in zip(jobs, folders, strict=True):
-        wait_until(f"{job} is done", lambda job=job: not state(job), 120)
+        wait_until(f"{job} is done", lambda job=job: not state(job), 240)
         assert (folder / "checkpoint-0.pth").exists(), (folder / f"{job}_0_log.err").read_text()
     assert output().count("resuming from /") == 2 and "2 ranks" in output()
     assert_same_weights(*(weights(folder, "checkpoint-0.pth") for folder in folders))
