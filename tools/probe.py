@@ -2,7 +2,7 @@
 
     python -m tools.probe --checkpoint OUTPUT/checkpoint-799.pth --data_path LABELLED
     torchrun --nproc_per_node=8 -m tools.probe --checkpoint OUTPUT/checkpoint-799.pth --data_path IMAGENET
-    python -m tools.probe --checkpoint OUTPUT/checkpoint-19.pth --data_path DIGITS
+    python -m tools.probe --checkpoint OUTPUT/checkpoint-9.pth --data_path DIGITS
 
 A feature is the mean over all sites of the encoder's last stage. Both classifiers are deterministic.
 """
