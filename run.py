@@ -241,10 +241,11 @@ class Run:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
         if self.step:
-            self.epoch_means, self.lr = Means(checkpoint["epoch_means"]), checkpoint["lr"]
+            means = checkpoint.get("epoch_means") or {"loss": checkpoint["epoch_loss"]}  # of format 1
+            self.epoch_means, self.lr = Means(means), checkpoint["lr"]
         self.unreadable_images = dict.fromkeys(checkpoint["unreadable_images"])
         self.best = {name: best for name, best in checkpoint["best"].items() if name in self.watched}
-        self.hook_states = checkpoint["hooks"]
+        self.hook_states = checkpoint.get("hooks", {})
 
 
 def is_better(name, value, other):
