@@ -52,7 +52,7 @@ class Means:
 class Run:
     """What the epoch loop moves, hooks observe and checkpoints keep.
 
-    The same on every rank, but for what `observe` is told and for metrics that hooks measure on the main rank alone.
+    The same on every rank, except numbers passed to `observe` and metrics that hooks measure on the main rank alone.
 
     model: without DDP and compilation. sampler: of the training set, None for an evaluation. images: the image set.
     model_ema: timm's ModelEmaV3 or None. class_names: in the order of the head. watch: the metric of the best

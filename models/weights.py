@@ -1,6 +1,6 @@
 """Weights under the names and shapes of other programs, and how they come into a model. Every refusal is a ValueError.
 
-The forms that are read, told apart by the names of the tensors:
+The forms that are read, recognized by the names of the tensors:
 
     dense       this project, the original's fine-tuned files; released FCMAE files hold no norm and no head
     encoder.    the same names under a prefix, beside a decoder: FCMAE pre-training

@@ -18,16 +18,16 @@ from utils import UserError
 KINDS = {
     "training": ("-", "o"),
     "test": ("--", "s"),
-    "test, averaged weights": (":", "^"),
+    "test, EMA weights": (":", "^"),
     "k-NN probe": ("-.", "D"),
     "linear probe": ((0, (6, 1.5, 1, 1.5, 1, 1.5)), "v"),
 }
 # Panels by the label of their y axis: {key of log.txt: kind of curve}
 PANELS = {
-    "loss": {"train_loss": "training", "test_loss": "test", "test_loss_ema": "test, averaged weights"},
+    "loss": {"train_loss": "training", "test_loss": "test", "test_loss_ema": "test, EMA weights"},
     "top-1 accuracy (%)": {
         "test_acc1": "test",
-        "test_acc1_ema": "test, averaged weights",
+        "test_acc1_ema": "test, EMA weights",
         "probe_knn": "k-NN probe",
         "probe_linear": "linear probe",
     },
