@@ -88,8 +88,6 @@ def add_labelled_args(parser):
 
 def check_labelled_args(args):
     """Raise UserError for flags of `add_labelled_args` that do not fit each other or other flags."""
-    if args.eval and args.disable_eval:
-        raise UserError("--eval true and --disable_eval true: nothing to do; give one of them")
     if args.eval_size is not None:
         flags.check_image_size("eval_size", args.eval_size, least=8 * args.stem_stride)
     if args.data_set in ("DIGITS", "CIFAR", "CIFAR10"):

@@ -6,6 +6,8 @@ import contextlib
 import math
 import re
 import shlex
+import sys
+from pathlib import Path
 
 import torch
 
@@ -21,6 +23,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._format_action_invocation(action)
 
 
+UNSET = object()
+
+
+class Flags(argparse.Namespace):
+    """The values of all flags; `given`, which is no flag, holds the names of those on the command line."""
+
+    __slots__ = ("given",)
+
+    def replace(self, **changes):
+        """A copy with changes."""
+        flags = Flags(**vars(self) | changes)
+        flags.given = self.given
+        return flags
+
+
 class FlagParser(argparse.ArgumentParser):
     """An `ArgumentParser` with defaults in its help, flag files (`@recipes/NAME.args`) and no abbreviated flags.
 
@@ -28,15 +45,38 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, **kwargs):
-        kwargs = {
-            "formatter_class": HelpFormatter,
-            "fromfile_prefix_chars": "@",
-            "allow_abbrev": False,
-        } | kwargs
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False} | kwargs)
 
-    def convert_arg_line_to_args(self, arg_line):
-        return shlex.split(arg_line, comments=True)
+    def parse_known_args(self, args=None, namespace=None):
+        """`Flags`, and the words of the command line that are none."""
+        unset = {action.dest: UNSET for action in self._actions if action.default is not argparse.SUPPRESS}
+        words = self.read_flag_files(sys.argv[1:] if args is None else args)
+        values, rest = super().parse_known_args(words, Flags(**unset))
+        values.given = frozenset(name for name, value in vars(values).items() if value is not UNSET)
+        for name in unset.keys() - values.given:
+            setattr(values, name, self.get_default(name))
+        return values, rest
+
+    def read_flag_files(self, words, within=()):
+        """The words of a command line with the content of NAME for each @NAME. within: the files that are being read"""
+        expanded = []
+        for word in words:
+            if word[:1] != "@":
+                expanded.append(word)
+                continue
+            if word in within:
+                self.error(f"{word}: a flag file that includes itself")
+            try:
+                lines = Path(word[1:]).read_text().splitlines()
+                content = [flag for line in lines for flag in shlex.split(line, comments=True)]
+            except UnicodeDecodeError:
+                self.error(f"{word}: not a text file; must hold flags")
+            except OSError as error:
+                self.error(f"{word}: {error.strerror}")
+            except ValueError as error:  # of shlex
+                self.error(f"{word}: {str(error).lower()}: each line must hold whole words")
+            expanded += self.read_flag_files(content, (*within, word))
+        return expanded
 
     def error(self, message):
         """End with one line, on the main process, instead of the usage of a hundred flags."""

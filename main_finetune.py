@@ -11,6 +11,7 @@ Run the same command again to resume after a stop of any kind.
 import flags
 
 import utils  # isort: skip  (before torch)
+import contextlib
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ from engine_finetune import evaluate, train_one_epoch
 from evaluation import Evaluation
 from flags import Switch, at_least, fraction, fraction_below_1
 from models import convnextv2
-from models.weights import check_same_blocks, find_weights, load_backbone, load_weights
+from models.weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
 from run import Run, add_watch_args, check_watch_args, log_configuration, train
 from utils import UserError, log
 
@@ -62,17 +63,25 @@ def get_args_parser():
 
 def check_args(args):
     """Raise UserError for flags that do not fit each other, before any long work."""
-    flags.check_image_size("input_size", args.input_size, least=8 * args.stem_stride)
     flags.check_device(args)
+    hooks.check_log_args(args)
+    if args.eval and args.disable_eval:
+        raise UserError("--eval true and --disable_eval true: nothing to do; give one of them")
+    if args.eval:
+        return  # the rest depends on the checkpoint: see `adopt_training_flags`
+    check_data_args(args)
     optim_factory.check_schedule_args(args)
     optim_factory.check_optimizer_args(args)
-    datasets.check_labelled_args(args)
     engine_finetune.check_batch_args(args)
-    if args.model_ema_eval and not args.model_ema and not args.eval:
+    if args.model_ema_eval and not args.model_ema:
         raise UserError("--model_ema_eval true: there are no EMA weights without --model_ema true")
-    hooks.check_log_args(args)
     evaluated = [] if args.disable_eval else [f"test_{name}" for name in Evaluation.metric_names(args.topk)]
     check_watch_args(args, watched_metric(args), ["train_loss", *evaluated])
+
+
+def check_data_args(args):
+    flags.check_image_size("input_size", args.input_size, least=8 * args.stem_stride)
+    datasets.check_labelled_args(args)
 
 
 def watched_metric(args):
@@ -125,9 +134,20 @@ def load_finetune(args, model):
     checkpoint = checkpoints.load_checkpoint(args.finetune)
     with utils.name_in_errors(args.finetune):
         check_same_blocks(checkpoint.get("config", {}), model)
-        report = load_backbone(model, find_weights(checkpoint, args.model_key, args.model_prefix))
+        state = find_weights(checkpoint, args.model_key, args.model_prefix)
+        check_size(state, model)
+        report = load_backbone(model, state)
     for line in report:
         log(f"{args.finetune}: {line}")
+
+
+def check_size(state, model):
+    """Raise ValueError if weights are those of another size of the paper than the model."""
+    size = None
+    with contextlib.suppress(ValueError):  # of no network at all: `load_backbone` says what is missing
+        size = convnextv2.find_size(network_config(split_decoder(state)[0]))
+    if size not in (None, convnextv2.find_size(model.config)):
+        raise ValueError(f"has the weights of {size}: give --model {size}")
 
 
 def build_hooks(args):
@@ -154,8 +174,8 @@ def evaluate_models(run, loader, args):
     return {suffix: evaluate(model, loader, args, give_up) for suffix, model in models.items()}
 
 
-def find_weights_to_evaluate(args):
-    """The checkpoint --resume, else the newest in --output_dir; its weights, or EMA weights; its path."""
+def find_checkpoint_to_evaluate(args):
+    """The checkpoint --resume, else the newest in --output_dir, its path, and the classifier in it."""
     if args.resume:
         checkpoint, path = checkpoints.load_checkpoint(args.resume), args.resume
     else:
@@ -166,26 +186,55 @@ def find_weights_to_evaluate(args):
     if args.model_ema_eval and key not in checkpoint:
         raise UserError(f"--model_ema_eval true: {path} has no EMA weights, which --model_ema true keeps")
     with utils.name_in_errors(path):
-        return checkpoint, find_weights(checkpoint, key, args.model_prefix), path
+        state = find_weights(checkpoint, key, args.model_prefix)
+        if "head.weight" not in state:
+            raise ValueError("has no head: must be a classifier. Load a pre-training checkpoint with --finetune")
+        model, _ = convnextv2.from_checkpoint(checkpoint | {"model": state})
+    return checkpoint, path, model
+
+
+# What an evaluation takes from the training of the checkpoint. Some of it, the weights themselves say.
+TRAINING_FLAGS = ("model", "in_chans", "stem_stride", "input_size", "crop_pct", "imagenet_default_mean_and_std")
+
+
+def adopt_training_flags(args, checkpoint, path, model):
+    """The flags of an evaluation: what the command line leaves open is as in the training of the checkpoint.
+
+    A flag that differs is reported. Raises UserError if the weights do not fit it, or for a flag that is out of range.
+    """
+    shapes = {name: model.config[name] for name in ("in_chans", "stem_stride")}
+    shapes["model"] = convnextv2.find_size(model.config) or args.model
+    training = checkpoints.training_flags(checkpoint) | shapes
+    adopted = {name: training[name] for name in TRAINING_FLAGS if name in training}
+    for name in adopted.keys() & args.given:
+        given, trained = getattr(args, name), adopted.pop(name)
+        if given != trained and name in shapes:
+            raise UserError(f"--{name} {given}: {path} has {trained}; leave the flag out")
+        if given != trained:
+            log(f"NOTE: --{name} {given} differs from the training of {path}: {trained}")
+    args = args.replace(**adopted)
+    check_data_args(args)
+    return args
 
 
 def evaluate_only(args, device):
     """Evaluate --resume, else the newest checkpoint in --output_dir; no training set is loaded."""
     # checkpoint and data
-    checkpoint, weights, path = find_weights_to_evaluate(args)
+    checkpoint, path, model = find_checkpoint_to_evaluate(args)
+    args = adopt_training_flags(args, checkpoint, path, model)
     _, dataset, class_names = datasets.build_labelled_sets(args, checkpoint.get("class_names"))
-    if "head.weight" in weights and len(weights["head.weight"]) != len(class_names):
-        raise UserError(f"{path}: has {len(weights['head.weight'])} classes, the data {len(class_names)}")
+    if model.head.out_features != len(class_names):
+        raise UserError(f"{path}: has {model.head.out_features} classes, the data {len(class_names)}")
 
     # model
-    model = utils.to_device(build_model(args, len(class_names)), device, args.triton)
-    with utils.name_in_errors(path):
-        check_same_blocks(checkpoint.get("config", {}), model)
-        load_weights(model, weights)
+    model = utils.to_device(model, device, args.triton)
     run = Run(args, model, device, images=dataset.images, class_names=class_names)
     if "format" in checkpoint:
         run.epoch = checkpoint["epoch"]
-    log(f"{args.model}: {run.n_parameters / 1e6:.1f} M parameters from {path}, {len(class_names)} classes")
+    size = " x ".join(map(str, args.eval_size or args.input_size))
+    log(
+        f"{args.model}: {run.n_parameters / 1e6:.1f} M parameters from {path}, {len(class_names)} classes, {size} pixels"
+    )
 
     # evaluation
     observers = build_hooks(args)
@@ -199,10 +248,10 @@ def evaluate_only(args, device):
 def main(args):
     check_args(args)
     device = utils.init_distributed_mode(args)
-    optim_factory.peak_lr(args)  # raises UserError
     checkpoints.prepare_output(args, evaluating=args.eval)
     if args.eval:
         return evaluate_only(args, device)
+    optim_factory.peak_lr(args)  # raises UserError
 
     # data
     dataset, eval_dataset, class_names = datasets.build_labelled_sets(args)

@@ -11,7 +11,6 @@ import importlib
 import os
 import shlex
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import flags
@@ -53,12 +52,7 @@ def check_args(script, args):
         accepted = "--nodes 1 --ngpus 1" if args.cluster == "debug" else "--nodes 1"
         raise UserError(f"--nodes {args.nodes} --ngpus {args.ngpus}: --cluster {args.cluster} takes {accepted} only")
     elsewhere = args.cluster == "slurm" and args.device.startswith("cuda")
-    script.check_args(replace(args, device="cpu") if elsewhere else args)
-
-
-def replace(args, **changes):
-    """A copy of the flags with changes."""
-    return Namespace(**vars(args) | changes)
+    script.check_args(args.replace(device="cpu") if elsewhere else args)
 
 
 class Trainer:
@@ -75,7 +69,7 @@ class Trainer:
         if args.cluster == "local" and self.attempt == 0 and checkpoints.list_checkpoints(args.job_dir):
             raise RuntimeError(f"{args.job_dir}: an earlier job of this number left checkpoints; give an --output_dir")
         if args.dist_url == "env://":
-            args = replace(args, dist_url=f"file://{self.rendezvous_file(job)}")
+            args = args.replace(dist_url=f"file://{self.rendezvous_file(job)}")
         ranks = {"RANK": job.global_rank, "WORLD_SIZE": job.num_tasks, "LOCAL_RANK": job.local_rank}
         os.environ |= {name: str(rank) for name, rank in ranks.items()}
         utils.run_main(importlib.import_module(self.script).main, args, self.script)
@@ -103,7 +97,7 @@ def resolve_folders(args, job_id):
     job_dir = args.job_dir.replace("%j", job_id)
     output_dir = args.output_dir.replace("%j", job_id) or job_dir
     log_dir = args.log_dir and args.log_dir.replace("%j", job_id)
-    return replace(args, job_dir=job_dir, output_dir=output_dir, log_dir=log_dir)
+    return args.replace(job_dir=job_dir, output_dir=output_dir, log_dir=log_dir)
 
 
 def cluster_parameters(args):
@@ -140,7 +134,7 @@ def submit(script, args):
     import submitit
 
     check_args(script, args)
-    args = replace(args, job_dir=os.path.abspath(args.job_dir))
+    args = args.replace(job_dir=os.path.abspath(args.job_dir))
     os.environ["PYTHONPATH"] = pythonpath()  # for --cluster local
     endless = {"slurm_max_num_timeout": 1000, "local_max_num_timeout": 1000}
     try:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .depthwise import depthwise_conv
 from .utils import GRN, LayerNorm, Stage, can_fuse, channels_last, fused_grn_linear, init_weights, names_without_decay
-from .weights import find_weights, load_backbone, network_config, split_decoder
+from .weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
 
 # Appendix A of the paper: blocks and channels of the four stages
 SIZES = {
@@ -181,7 +181,14 @@ def from_checkpoint(checkpoint, model_key="model|module"):
     except ValueError as error:
         raise ValueError(f"{error}: must be the weights of a ConvNeXt V2") from None
     model = ConvNeXtV2(num_classes=len(state.get("head.weight", [0])), **config)
+    check_same_blocks(checkpoint.get("config", {}), model)  # an option that this code does not know
     return model, load_backbone(model, state)
+
+
+def find_size(config):
+    """The name in SIZES of a network with these depths and dims, or None."""
+    sizes = {name: (size["depths"], size["dims"]) for name, size in SIZES.items()}
+    return next((name for name in sizes if sizes[name] == (tuple(config["depths"]), tuple(config["dims"]))), None)
 
 
 def network_options(config):

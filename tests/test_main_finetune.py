@@ -599,6 +599,11 @@ def test_weights_of_blocks_with_other_options_are_refused(finished, small, finet
     assert result.status == 2 and "other.pth: a network with options {'activation': 'relu'}, not {}" in result.err
 
 
+def test_weights_of_another_size_name_the_flag_that_fits_them(finished, small, finetune):
+    result = finetune(*small, "--model", "convnextv2_nano", "--finetune", finished / "checkpoint-1.pth")
+    assert result.status == 2 and "has the weights of convnextv2_atto: give --model convnextv2_atto" in result.err
+
+
 # ---------------------------------------------------------------- --eval
 
 
@@ -632,6 +637,24 @@ def test_eval_takes_the_newest_checkpoint_of_the_output_folder(finished, small, 
         shutil.copy(finished / name, tmp_path)
     assert finetune(*small, "--eval", "true", "--output_dir", tmp_path).status == 0
     assert evaluations[0].loss == log_lines(finished)[1]["test_loss"]
+
+
+def test_eval_takes_what_the_command_line_leaves_open_from_the_checkpoint(finetune, labelled_folder, tmp_path):
+    """An image size, crop or statistics of its own would give another accuracy without a word."""
+    training = "--model convnextv2_femto --input_size 40 48 --crop_pct 0.8 --in_chans 1 --stem_stride 1 --aa none "
+    training += "--imagenet_default_mean_and_std false --batch_size 4 --epochs 1 --warmup_epochs 0 --head_init_scale 1"
+    common = ["--data_path", labelled_folder, "--output_dir", tmp_path, *"--device cpu --num_workers 0".split()]
+    assert finetune(*common, *training.split()).status == 0
+    result = finetune(*common, "--eval", "true")
+    assert result.status == 0, result.err
+    assert f"loss {log_lines(tmp_path)[0]['test_loss']:.4f}" in result.out and "NOTE" not in result.out
+
+    result = finetune(*common, *"--eval true --input_size 32 --crop_pct 0.8".split())
+    assert "NOTE: --input_size (32, 32) differs from the training" in result.out and "crop_pct" not in result.out
+    result = finetune(*common, *"--eval true --model convnextv2_atto".split())
+    assert result.status == 2 and "has convnextv2_femto; leave the flag out" in result.err
+    result = finetune(*common, *"--eval true --min_lr 1 --batch_size 3 --mixup 1".split())  # flags of the training
+    assert result.status == 0
 
 
 def test_eval_writes_its_reports_and_nothing_else(finished, small, finetune, tmp_path):

@@ -310,7 +310,10 @@ def test_a_pretraining_checkpoint_as_resume_points_to_finetune(pretrain, tune, f
         small = [*TINY, *"--input_size 64 --decoder_embed_dim 16 --batch_size 11 --epochs 1".split()]
         assert pretrain(*small, "--data_path", labelled_folder, "--output_dir", path.parent).status == 0
     assert_one_clear_line(
-        tune(*flags, "--resume", path), path, "another model", "Load a pre-training checkpoint with --finetune"
+        tune(*flags, "--resume", path),
+        path,
+        "has no head" if flags else "another model",
+        "Load a pre-training checkpoint with --finetune",
     )
 
 
