@@ -1,5 +1,8 @@
 """What a network makes of a data set: outputs collected over all ranks, metrics, probes of features, pictures."""
 
+import math
+import time
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -12,11 +15,12 @@ METRICS = ("probe_knn", "probe_linear")  # what `probe` measures
 
 
 @torch.no_grad()
-def collect(function, loader, device, autocast, divided=True, give_up=lambda: False):
+def collect(function, loader, device, autocast, divided=True, give_up=lambda: False, gather=utils.all_gather):
     """function(uint8 imgs, targets) -> (n, D) of all images: rows (n, D), targets (n,), names of unreadable images.
 
     In the order of the set, on the CPU, the same on all ranks. divided: each rank's loader yields its share; False: the
-    whole set. None once give_up() is true on any rank. Raises UserError if no image could be read.
+    whole set. gather: `utils.gather_to_main` brings rows that are large to the main rank only; the others get them
+    empty. None once give_up() is true on any rank. Raises UserError if no image could be read.
     """
     rows, indices, targets, unreadable, given_up = [], [], [], [], False
     for batch in loader:
@@ -30,15 +34,15 @@ def collect(function, loader, device, autocast, divided=True, give_up=lambda: Fa
             rows.append(row.cpu())
             indices.append(batch.indices)
             targets.append(batch.targets)
-    if divided:
-        shares = utils.all_gather((rows, indices, targets, unreadable, given_up))
-        *lists, given_up_on_rank = zip(*shares, strict=True)
-        rows, indices, targets, unreadable = (sum(of_rank, []) for of_rank in lists)
-        given_up = any(given_up_on_rank)
-    if given_up:
+    outcomes = utils.all_gather((given_up, bool(rows))) if divided else [(given_up, bool(rows))]
+    if any(given_up for given_up, _ in outcomes):
         return None
-    if not rows:
-        raise UserError(f"none of the images could be read: {unreadable[0]}")
+    if divided:
+        rows, indices, targets, unreadable = (sum(gather(x), []) for x in (rows, indices, targets, unreadable))
+    if not any(has_rows for _, has_rows in outcomes):
+        raise UserError(f"none of the images could be read: {next(iter(unreadable), 'see the main rank')}")
+    if not rows:  # they are on the main rank
+        return torch.empty(0), torch.empty(0, dtype=torch.long), []
     order = torch.cat(indices).argsort()  # so that sums do not depend on how the set was divided
     return torch.cat(rows)[order], torch.cat(targets)[order], unreadable
 
@@ -92,14 +96,16 @@ class Evaluation:
         return f"{accuracies}  loss {self.loss:.4f}  ({len(self.targets)} images{left_out})"
 
 
-def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.07):
+def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.07, give_up=lambda: False):
     """Top-1 accuracy in per cent of k nearest neighbors by cosine, weighted by exp(cosine / temperature).
 
-    Wu et al., 2018. train (n, C), test (m, C): features; targets (n,), (m,): classes.
+    Wu et al., 2018. train (n, C), test (m, C): features; targets (n,), (m,): classes. None if given up.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    correct = 0
-    for queries, targets in zip(test.split(1024), test_targets.split(1024), strict=True):
+    correct, rows = 0, min(1024, 2**27 // len(train) + 1)  # at most 0.5 GB of cosines at a time
+    for queries, targets in zip(test.split(rows), test_targets.split(rows), strict=True):
+        if give_up():
+            return None
         nearest = (queries @ train.T).topk(min(k, len(train)))
         weights = ((nearest.values - 1) / temperature).exp()
         votes = weights.new_zeros(len(queries), train_targets.max() + 1)
@@ -110,6 +116,7 @@ def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.0
 
 def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give_up=lambda: False):
     """Top-1 accuracy in per cent of logistic regression on standardized features; None if given up."""
+    train, test = train.double(), test.double()
     mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-12)
     train, test = (train - mean) / std, (test - mean) / std
     weight = train.new_zeros(train_targets.max() + 1, train.shape[1], requires_grad=True)
@@ -135,31 +142,41 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give
         return 100 * ((test @ weight.T + bias).argmax(1) == test_targets).double().mean().item()
 
 
-def probe(trunk, loaders, device, autocast, give_up=lambda: False):
+def probe(trunk, loaders, device, autocast, give_up=lambda: False, max_seconds=math.inf, imagenet=True):
     """Classify frozen features, trunk(imgs) -> (N, C, h, w) averaged over all sites, by two simple classifiers.
 
-    loaders: of the images to fit on and of those to test on. Returns ({metric of METRICS: per cent}, [targets (n,),
-    targets (m,)], names of unreadable images), the same on all ranks; None if any gives up. Raises as `collect` does.
+    loaders: of the images to fit on and of those to test on. Features are gathered on the main rank, which classifies
+    while the others wait: for at most max_seconds, then the accuracy that is not known yet is left out. imagenet: see
+    `normalize`. Returns ({metric of METRICS: per cent}, [images fitted on, images tested on], names of unreadable
+    images), the same on all ranks but for the names; None if any gives up. Raises as `collect` does.
     """
 
     def mean_features(imgs, _):
-        return trunk(normalize(imgs)).float().mean((2, 3))
+        return trunk(normalize(imgs, imagenet)).float().mean((2, 3))
 
     tensors, unreadable = [], []  # tensors: features and targets to fit on, features and targets to test on
     for loader in loaders:
-        collected = collect(mean_features, loader, device, autocast, give_up=give_up)
+        collected = collect(mean_features, loader, device, autocast, give_up=give_up, gather=utils.gather_to_main)
         if collected is None:
             return None
         tensors += collected[:2]
         unreadable += collected[2]
 
     def classify():
-        train, train_targets, test, test_targets = (tensor.to(device) for tensor in tensors)
-        linear = linear_accuracy(train.double(), train_targets, test.double(), test_targets, give_up=give_up)
-        return None if linear is None else (knn_accuracy(train, train_targets, test, test_targets), linear)
+        end = time.monotonic() + max_seconds
+        sets, accuracies = [tensor.to(device) for tensor in tensors], {}
+        for name, accuracy in zip(METRICS, (knn_accuracy, linear_accuracy), strict=True):
+            value = accuracy(*sets, give_up=lambda: give_up() or time.monotonic() > end)
+            if value is not None:
+                accuracies[name] = value
+            elif give_up():
+                return None
+            else:
+                utils.log(f"{name} left out: it takes more than {max_seconds:g} s; fit on fewer images of each class")
+        return accuracies, [len(tensors[0]), len(tensors[2])]
 
-    accuracies = utils.on_main_rank(classify)
-    return None if accuracies is None else (dict(zip(METRICS, accuracies, strict=True)), tensors[1::2], unreadable)
+    result = utils.on_main_rank(classify)
+    return None if result is None else (*result, unreadable)
 
 
 @torch.no_grad()

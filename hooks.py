@@ -86,28 +86,43 @@ class UnreadableImages(Hook):
 class Probe(Hook):
     """Every `every` epochs of pre-training, and after the first and the last, probe the encoder's features.
 
+    And before the first step, for comparison: an untrained encoder's features are not useless.
     loaders: of labeled images to fit on and to judge by, see `evaluation.probe`.
     """
 
     def __init__(self, loaders, every):
         self.loaders, self.every = loaders, every
 
-    def on_evaluate(self, run):
-        from evaluation import probe
+    def on_start(self, run):
+        fit, test = (len(loader.dataset) for loader in self.loaders)
+        gigabytes = (fit + test) * run.model.encoder.dims[-1] * 4 / 2**30
+        log(f"probe: fits on {fit} images, tests on {test}; features of {gigabytes:.2g} GiB, on the main rank")
 
+    def on_epoch_start(self, run):
+        result = self.measure(run) if run.epochs_done == 0 else None
+        if result is not None:
+            log("untrained encoder: " + "  ".join(f"{name} {value:.4g}" for name, value in result[0].items()))
+
+    def on_evaluate(self, run):
         if not run.is_due(self.every):
             return
-        run.model.eval()
-        result = probe(
-            run.model.encode_all, self.loaders, run.device, lambda: utils.autocast(run.args, run.device),
-            run.stop_requested,
-        )  # fmt: skip
-        run.model.train()
+        result = self.measure(run)
         run.given_up = result is None
         if result is not None:
             accuracies, _, unreadable = result
             run.metrics |= accuracies
             run.add_unreadable(unreadable)
+
+    def measure(self, run):
+        from evaluation import probe
+
+        run.model.eval()
+        result = probe(
+            run.model.encode_all, self.loaders, run.device, lambda: utils.autocast(run.args, run.device),
+            run.stop_requested, max_seconds=run.args.dist_timeout / 2,
+        )  # fmt: skip
+        run.model.train()
+        return result
 
 
 # ---------------------------------------------------------------- logs

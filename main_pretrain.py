@@ -46,8 +46,8 @@ def get_args_parser():
     add = parser.add_argument_group("pictures and probes").add_argument
     add("--picture_freq", default=10, type=at_least(0), help="epochs between pictures of reconstructions; 0: none")
     add("--probe_freq", default=0, type=at_least(0), help="epochs between probes of the frozen features; 0: none")
-    labelled = "labeled images for the probe: train/ and val/ of class folders; DIGITS: scikit-learn's"
-    add("--probe_data_path", default="DIGITS", metavar="FOLDER", help=labelled)
+    labelled = "labeled images for the probe: train/ and val/ of class folders; DIGITS: scikit-learn's;"
+    add("--probe_data_path", metavar="FOLDER", help=f"{labelled} None: DIGITS with --data_set DIGITS")
     fitted = "images of each class to fit the probe on; 0: all"
     add("--probe_images_per_class", default=0, type=at_least(0), help=fitted)
 
@@ -72,6 +72,9 @@ def check_args(args):
     optim_factory.check_schedule_args(args)
     datasets.check_unlabelled_args(args)
     hooks.check_log_args(args)
+    if args.probe_freq and not (args.probe_data_path or args.data_set == "DIGITS"):
+        accepted = "train/ and val/ of class folders, or DIGITS"
+        raise UserError(f"--probe_freq {args.probe_freq}: give labeled images as --probe_data_path: {accepted}")
     check_watch_args(args, args.watch, ["train_loss", *(evaluation.METRICS if args.probe_freq else [])])
 
 
@@ -113,7 +116,7 @@ def build_hooks(args, dataset, device):
         observers.append(hooks.Profiler(args.profile_steps, args.output_dir))
     if args.probe_freq:
         sets = datasets.build_probe_sets(
-            args, args.probe_data_path, args.probe_images_per_class, flag="--probe_data_path"
+            args, args.probe_data_path or "DIGITS", args.probe_images_per_class, flag="--probe_data_path"
         )
         loaders = [datasets.build_eval_loader(labelled, args, device) for labelled in sets]
         observers.append(hooks.Probe(loaders, args.probe_freq))

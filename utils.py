@@ -245,6 +245,15 @@ def all_gather(value):
     return values
 
 
+def gather_to_main(value):
+    """A list with the picklable value of each rank on the main rank, an empty one on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if is_main_process() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def on_all_ranks(work):
     """Call work() on every rank and return its result. If it raises UserError on any, all raise the same one."""
     result = error = None

@@ -138,15 +138,26 @@ def test_the_linear_probe_agrees_with_scikit_learn(strength):
     assert 80 < 100 * expected < 100
 
 
-def test_the_linear_probe_can_be_given_up():
+@pytest.mark.parametrize(("accuracy", "batches"), [(linear_accuracy, 3), (knn_accuracy, 1)])
+def test_a_probe_can_be_given_up(accuracy, batches):
     calls = []
-    assert linear_accuracy(*digits(), give_up=lambda: calls.append(1) or len(calls) == 3) is None and len(calls) == 3
+    assert accuracy(*digits(), give_up=lambda: calls.append(1) or len(calls) == batches) is None
+    assert len(calls) == batches
+
+
+def test_a_probe_that_takes_too_long_is_left_out_with_a_line(labelled_folder, capsys):
+    """The other ranks wait for it, and would be taken for dead."""
+    args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False)
+    sets = datasets.build_probe_sets(args, str(labelled_folder))
+    loaders = [datasets.build_eval_loader(dataset, args, CPU) for dataset in sets]
+    accuracies, counts, _ = evaluation.probe(lambda imgs: imgs, loaders, CPU, contextlib.nullcontext, max_seconds=-1)
+    assert accuracies == {} and counts == [22, 7] and "probe_linear left out: it takes more" in capsys.readouterr().out
 
 
 @torch.no_grad()
 def test_features_are_pooled_from_whole_images_in_the_order_of_the_set(labelled_folder, monkeypatch):
     """The masked encoder with nothing masked is the dense network."""
-    monkeypatch.setattr(evaluation, "knn_accuracy", lambda *tensors: tensors)
+    monkeypatch.setattr(evaluation, "knn_accuracy", lambda *tensors, give_up: tensors)
     monkeypatch.setattr(evaluation, "linear_accuracy", lambda *tensors, give_up: 0.0)
     small = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
     fcmae = randomise(FCMAE(32, patch_size=8, decoder_embed_dim=16, **small)).eval()
@@ -156,7 +167,7 @@ def test_features_are_pooled_from_whole_images_in_the_order_of_the_set(labelled_
     loaders = [datasets.build_eval_loader(dataset, args, CPU) for dataset in sets]
     measured = []
     for trunk in (fcmae.encode_all, dense.eval().forward_trunk):
-        accuracies, targets, unreadable = evaluation.probe(trunk, loaders, CPU, contextlib.nullcontext)
+        accuracies, counts, unreadable = evaluation.probe(trunk, loaders, CPU, contextlib.nullcontext)
         assert list(accuracies) == list(evaluation.METRICS) and unreadable == []
         measured.append(accuracies["probe_knn"])
     for sparse_tensor, dense_tensor in zip(*measured, strict=True):
@@ -164,7 +175,7 @@ def test_features_are_pooled_from_whole_images_in_the_order_of_the_set(labelled_
     train, train_targets, test, test_targets = measured[0]
     assert train.shape == (22, 32) and test.shape == (7, 32)
     assert train_targets.tolist() == [0] * 8 + [1] * 7 + [2] * 7 and test_targets.tolist() == [0, 0, 0, 1, 1, 2, 2]
-    assert [len(classes) for classes in targets] == [22, 7]
+    assert counts == [22, 7]
     picture = Image.open(min((labelled_folder / "train" / "ant").iterdir())).convert("RGB")
     pixels = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)) / 255
     image = torch.from_numpy((pixels - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)).float().permute(2, 0, 1)

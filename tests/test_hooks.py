@@ -313,7 +313,10 @@ def test_probes_are_logged_beside_the_loss(observed):
         scalars = logged.Scalars(name.replace("_", "/"))
         assert [event.step for event in scalars] == [1000, 2000]
         assert [event.value for event in scalars] == pytest.approx(values)
-    assert f"probe_knn {lines[1]['probe_knn']:.4g}  probe_linear" in (observed / "stdout.txt").read_text()
+    out = (observed / "stdout.txt").read_text()
+    assert f"probe_knn {lines[1]['probe_knn']:.4g}  probe_linear" in out
+    before, _, training = out.partition("untrained encoder: probe_knn ")
+    assert "probe: fits on 22 images, tests on 7; features of" in before and "img/s" not in before and training
 
 
 def test_probe_freq_is_in_epochs_with_the_first_and_the_last(small, labelled_folder, pretrain, tmp_path):

@@ -39,11 +39,11 @@ def main(args):
     probe_args = Namespace(**vars(args) | {"in_chans": model.config["in_chans"], "input_size": size})
     sets = datasets.build_probe_sets(probe_args, args.data_path, args.images_per_class)
     loaders = [datasets.build_eval_loader(dataset, probe_args, device) for dataset in sets]
-    accuracies, targets, unreadable = probe(model.forward_trunk, loaders, device, lambda: utils.autocast(args, device))
+    accuracies, counts, unreadable = probe(model.forward_trunk, loaders, device, lambda: utils.autocast(args, device))
     for name in unreadable:
         utils.log(f"unreadable image, left out: {name}")
     results = f"k-nearest-neighbor {accuracies['probe_knn']:.2f} %  linear {accuracies['probe_linear']:.2f} %"
-    utils.log(f"{args.checkpoint}: {results}  ({len(targets[0])} and {len(targets[1])} images)")
+    utils.log(f"{args.checkpoint}: {results}  ({counts[0]} and {counts[1]} images)")
 
 
 if __name__ == "__main__":
