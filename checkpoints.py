@@ -6,6 +6,7 @@
         checkpoint-best.pth     the best epoch by --watch; checkpoint-best-ema.pth by the EMA weights
         encoder-best.pth        the weights of its encoder alone; encoder-best-ema.pth likewise
         run.lock                held while a run writes here
+        args.json               the flags
         log.txt                 one JSON object an epoch
         events.out.tfevents.*   TensorBoard
         profile-10-20.pt.trace.json.gz (--profile_steps 10:20)
@@ -24,6 +25,9 @@ A checkpoint is a dict, readable by `torch.load(path, weights_only=True)`:
 """
 
 import argparse
+import contextlib
+import errno
+import math
 import os
 import pickle
 import re
@@ -36,10 +40,11 @@ import torch
 
 import utils
 from flags import Switch, at_least
-from models.weights import check_same_blocks, find_weights, load_weights, remap_checkpoint_keys
-from utils import UserError, log
+from models.weights import check_same_blocks, find_weights, load_weights, remap_checkpoint_keys, split_decoder
+from utils import TrainingError, UserError, log
 
 CHECKPOINT_FORMAT = 2
+BEST_CHECKPOINTS = ("checkpoint-best.pth", "checkpoint-best-ema.pth")
 
 
 class DamagedCheckpoint(UserError):
@@ -109,32 +114,52 @@ def lock_folder(folder, timeout=10):
 
 def write_whole(path, write):
     """Call write(file) such that `path` is at every instant the old file or the new one, whole, even if power fails."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+    write_together({path: write})
+
+
+def write_together(writers):
+    """`write_whole` for {path: write}, in one folder: no file is replaced before all are on the disk."""
+    with contextlib.ExitStack() as temporaries:
+        written = {}
+        for path, write in writers.items():
+            path = Path(path)
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+            temporaries.callback(Path(temporary).unlink, missing_ok=True)
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            written[temporary] = path
+        for temporary, path in written.items():
+            os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too
+        os.fsync(folder)  # the new names too
         os.close(folder)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
-def save_whole(path, content):
-    """torch.save as by `write_whole`. Raises OSError with the path and the system's reason."""
-    check_loadable(content, Path(path).name)
+def save_together(contents):
+    """torch.save {path: content} by `write_together`. Raises OSError with the path and the system's reason."""
+
+    def writer(path, content):
+        check_loadable(content, Path(path).name)
+
+        def write(file):
+            try:
+                torch.save(content, file)
+            except (OSError, RuntimeError) as error:
+                # torch reports a failed write in words of its own; the system's reason is its context
+                reason = error.__context__ if isinstance(error.__context__, OSError) else error
+                raise OSError(f"{path}: {getattr(reason, 'strerror', None) or reason}") from error
+
+        return write
+
     try:
-        write_whole(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write in words of its own; the system's reason is its context
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path}: {getattr(reason, 'strerror', None) or reason}") from error
+        write_together({path: writer(path, content) for path, content in contents.items()})
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise OSError(f"{next(iter(contents))}: {error.strerror}") from error
 
 
 def check_loadable(content, name):
@@ -149,7 +174,7 @@ def check_loadable(content, name):
 
 def remove_half_written(folder):
     """Remove what a process that was killed within `write_whole` left behind."""
-    for name in ("checkpoint-*.pth", "encoder-*.pth", "log.txt"):
+    for name in ("checkpoint-*.pth", "encoder-*.pth", "log.txt", "args.json", "*.png", "*.csv"):
         for path in Path(folder).glob(f".{name}-*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -167,45 +192,65 @@ def checkpoint_position(path):
 
 
 def list_checkpoints(output_dir):
-    """The checkpoints of a run, newest first."""
-    paths = [path for path in Path(output_dir).glob("checkpoint-*.pth") if checkpoint_position(path)]
-    return sorted(paths, key=checkpoint_position, reverse=True)
+    """The checkpoints that a run can resume from, newest first; the best ones last, for when they alone were kept."""
+    numbered = [path for path in Path(output_dir).glob("checkpoint-*.pth") if checkpoint_position(path)]
+    best = [Path(output_dir) / name for name in BEST_CHECKPOINTS]
+    return sorted(numbered, key=checkpoint_position, reverse=True) + [path for path in best if path.exists()]
 
 
 def save_model(
-    args, epoch, model, model_without_ddp, optimizer, loss_scaler, model_ema=None, step=None, name=None, **run_state
-):
+    args, epoch, model, model_without_ddp, optimizer, loss_scaler, model_ema=None, step=None, **run_state
+):  # fmt: skip
     """Write output_dir/checkpoint-EPOCH.pth, or checkpoint-EPOCH-STEP.pth within an epoch, and delete the oldest ones.
 
-    epoch: the epoch that is done, or in progress if `step` is given. run_state: `Run.state_dict()`. name: write
-    checkpoint-NAME.pth instead, and delete none. Only the main process writes. Raises OSError if that fails; the
-    earlier checkpoints are then all still there.
+    epoch: the epoch that is done, or in progress if `step` is given. run_state: `Run.state_dict()`. Only the main
+    process writes. Raises OSError if that fails; the earlier checkpoints are then all still there.
     """
     if not utils.is_main_process():
         return
-    checkpoint = {
+    content = checkpoint_content(args, epoch, model_without_ddp, optimizer, loss_scaler, model_ema, step)
+    path = Path(args.output_dir) / (f"checkpoint-{epoch}.pth" if step is None else f"checkpoint-{epoch}-{step}.pth")
+    save_together({path: content | run_state})
+    delete_older(path, keep=args.save_ckpt_num)
+
+
+def checkpoint_content(args, epoch, model, optimizer, scaler, model_ema=None, step=None):
+    """The dict of a checkpoint but for `Run.state_dict()`; see `save_model`."""
+    content = {
         "format": CHECKPOINT_FORMAT,
-        "model": model_without_ddp.state_dict(),
-        "config": model_without_ddp.config,
+        "model": model.state_dict(),
+        "config": model.config,
         "optimizer": optimizer.state_dict(),
-        "scaler": loss_scaler.state_dict(),
+        "scaler": scaler.state_dict(),
         "epoch": epoch + 1 if step is None else epoch,
         "step": step or 0,
         "args": dict(vars(args)),
     }
-    if model_ema is not None:
-        checkpoint["model_ema"] = model_ema.module.state_dict()
-    stem = name or (f"{epoch}" if step is None else f"{epoch}-{step}")
-    path = Path(args.output_dir) / f"checkpoint-{stem}.pth"
-    save_whole(path, checkpoint | run_state)
-    if name is None:
-        delete_older(path, keep=args.save_ckpt_num)
+    return content if model_ema is None else content | {"model_ema": model_ema.module.state_dict()}
+
+
+def save_best(run, ema_flags):
+    """Write checkpoint-best.pth with encoder-best.pth and, for True in ema_flags, those of the EMA weights.
+
+    All of them or, with OSError, none: the run's best values and these files say the same.
+    """
+    contents = {}
+    content = checkpoint_content(run.args, run.epoch, run.model, run.optimizer, run.scaler, run.model_ema)
+    for is_ema in ema_flags:
+        model, suffix = (run.model_ema.module, "-ema") if is_ema else (run.model, "")
+        weights, _ = split_decoder(model.state_dict())
+        encoder = {key: value for key, value in weights.items() if not key.startswith(("norm.", "head."))}
+        folder = Path(run.args.output_dir)
+        contents[folder / f"checkpoint-best{suffix}.pth"] = content | run.state_dict()
+        contents[folder / f"encoder-best{suffix}.pth"] = {"model": encoder, "config": model.config}
+    save_together(contents)
 
 
 def delete_older(path, keep):
     """Delete the checkpoints before `path` of its kind (end of an epoch or within), except the newest keep - 1."""
     position = checkpoint_position(path)
-    older = [other for other in list_checkpoints(path.parent) if checkpoint_position(other) < position]
+    numbered = filter(checkpoint_position, list_checkpoints(path.parent))
+    older = [other for other in numbered if checkpoint_position(other) < position]
     same_kind = [other for other in older if (checkpoint_position(other)[1] == 0) == (position[1] == 0)]
     for other in same_kind[keep - 1 :]:
         other.unlink()
@@ -218,23 +263,128 @@ utils.save_model = save_model  # where the original has it
 
 
 def load_checkpoint(path):
-    """The dict in a checkpoint file of any known form; its tensors stay on disk until they are read.
+    """The dict in a checkpoint file of any known form, verified; its tensors stay on disk until they are read.
 
-    Raises UserError, or DamagedCheckpoint for a file that was cut short.
+    Raises UserError; DamagedCheckpoint for a file whose content is not what was written; TrainingError for an error of
+    the disk or network, after which the file may be whole.
     """
     try:
         open(path, "rb").close()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    is_archive = zipfile.is_zipfile(path)
     try:
+        if is_archive:
+            verify_checksums(path)
         # The original pickles its flags as a Namespace: that one class is allowed, nothing else.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise DamagedCheckpoint(f"{path}: not a whole checkpoint; must be a file of torch.save, uncut") from None
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except OSError as error:
+        if error.errno in MEDIUM_ERRORS:
+            raise TrainingError(f"{path}: cannot be read: {error.strerror}. Try again, or move it away") from None
+        raise damaged(path) from None
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name is None:
+            raise damaged(path) from None
+        problem = f"holds a {name[1]}, whose loading could run code; must hold tensors, numbers, strings, lists, dicts"
+        raise UserError(f"{path}: {problem}") from None
+    except Exception:  # of torch, zipfile and pickle: nearly everything
+        raise damaged(path) from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}; must hold a dict of weights")
+    if "format" in checkpoint:
+        check_schema(checkpoint, path)
     return checkpoint
+
+
+MEDIUM_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENOMEM, errno.EINTR}
+
+
+def damaged(path):
+    return DamagedCheckpoint(f"{path}: not a whole checkpoint; must be a file of torch.save, uncut and unchanged")
+
+
+def verify_checksums(path):
+    """Read an archive of torch.save once. Raises whatever zipfile does, or ValueError, unless every checksum is right.
+
+    torch.load itself does not compare them.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise ValueError
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**48
+
+
+def is_number(value):
+    return type(value) in (int, float)
+
+
+def is_strings(value):
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+def is_table(*kinds):
+    """A test for a dict from strings to lists of values for which these tests hold in turn."""
+
+    def accepts(value):
+        return isinstance(value, dict) and all(
+            isinstance(name, str)
+            and isinstance(row, list | tuple)
+            and len(row) == len(kinds)
+            and all(kind(item) for kind, item in zip(kinds, row, strict=True))
+            for name, row in value.items()
+        )
+
+    return accepts
+
+
+def is_flags(value):
+    """Whether these can be the flags of a training: those that evaluation and tools read have their types."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return False
+    size, crop = value.get("input_size", 1), value.get("crop_pct")
+    sides = size if isinstance(size, list | tuple) else (size,)
+    return (
+        len(sides) in (1, 2)
+        and all(is_count(side) and 0 < side < 2**16 for side in sides)
+        and (crop is None or is_number(crop) and 0 < crop <= 1)
+        and all(type(value.get(name, True)) is bool for name in ("norm_pix_loss", "imagenet_default_mean_and_std"))
+        and (is_number(value.get("mask_ratio", 0.6)) and 0 < value.get("mask_ratio", 0.6) < 1)
+    )
+
+
+# The entries of a checkpoint of this project that are not weights: a test and, in words, what passes it
+SCHEMA = {
+    "epoch": (is_count, "a whole number, at least 0"),
+    "step": (is_count, "a whole number, at least 0"),
+    "num_images": (is_count, "a whole number, at least 0"),
+    "effective_batch_size": (is_count, "a whole number, at least 0"),
+    "lr": (lambda value: is_number(value) and 0 <= value < math.inf, "a number, at least 0"),
+    "config": (lambda value: isinstance(value, dict), "a dict"),
+    "optimizer": (lambda value: isinstance(value, dict), "a dict"),
+    "scaler": (lambda value: isinstance(value, dict), "a dict"),
+    "hooks": (lambda value: isinstance(value, dict), "a dict"),
+    "args": (is_flags, "a dict of the training's flags"),
+    "class_names": (lambda value: value is None or is_strings(value), "None or a list of strings"),
+    "unreadable_images": (is_strings, "a list of strings"),
+    "best": (is_table(is_number, is_count, is_count), "a dict of [value, epoch, measurements since]"),
+    "epoch_means": (is_table(is_number, is_count), "a dict of [sum, count]"),
+    "epoch_loss": (lambda value: isinstance(value, list | tuple), "[sum, count]"),
+}
+
+
+def check_schema(checkpoint, path):
+    """Raise UserError, naming the entry, for a checkpoint that this version of the project cannot have written."""
+    if checkpoint["format"] not in (1, CHECKPOINT_FORMAT):
+        known = f"this version reads 1 and {CHECKPOINT_FORMAT}"
+        raise UserError(f"{path}: format is {checkpoint['format']!r}; {known}: update the code")
+    for name, (accepts, accepted) in SCHEMA.items():
+        if name in checkpoint and not accepts(checkpoint[name]):
+            raise UserError(f"{path}: {name} is {str(checkpoint[name])[:60]!r}; must be {accepted}")
 
 
 def newest_checkpoint(output_dir):
@@ -337,6 +487,8 @@ def check_resumable(run, checkpoint, path):
         raise UserError(f"{path}: cannot resume: saved with --opt {opt}; use the same")
     if checkpoint["class_names"] != run.class_names:
         raise UserError(f"{path}: {compare_classes(checkpoint['class_names'], run.class_names)}")
+    if checkpoint["step"] > run.steps_per_epoch:
+        raise UserError(f"{path}: cannot resume: step is {checkpoint['step']} of {run.steps_per_epoch} an epoch")
     for name, value in run.state_dict().items():
         if name in ("effective_batch_size", "num_images") and checkpoint["step"] and checkpoint[name] != value:
             raise UserError(

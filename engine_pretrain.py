@@ -47,10 +47,12 @@ def optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args
         run.hooks("on_gradients", run)
         if args.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        run.between_steps = False
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         run.step += 1
+        run.between_steps = True
 
         if run.is_time_to_log():
             run.end_lap()

@@ -26,7 +26,6 @@ import checkpoints
 import utils
 from datasets import Batch
 from flags import at_least
-from models.weights import split_decoder
 from run import Hook, Hooks  # noqa: F401  (hooks.Hook, hooks.Hooks: what a hook is)
 from utils import TrainingError, UserError, log
 
@@ -176,7 +175,7 @@ def format_seconds(seconds):
 
 
 class LogFile(Hook):
-    """log.txt in the output folder: one JSON object an epoch. It is rewritten whole, so a full disk costs no line."""
+    """args.json, all flags, and log.txt, one JSON object an epoch, rewritten whole: a full disk costs no line."""
 
     main_only = True
 
@@ -185,7 +184,9 @@ class LogFile(Hook):
         self.lines = []
 
     def on_start(self, run):
-        """Drop the lines of epochs that are trained again, since no checkpoint of them was kept."""
+        """Write the flags, and drop the lines of epochs that are trained again, as no checkpoint of them was kept."""
+        flags = json.dumps(vars(run.args), indent=1, sort_keys=True).encode()
+        checkpoints.write_whole(self.path.with_name("args.json"), lambda file: file.write(flags))
         if self.path.exists():
             lines = self.path.read_text(errors="surrogateescape").splitlines()
             self.lines = [line for line in lines if not self.is_from_epoch(run.epoch, line)]
@@ -205,42 +206,66 @@ class LogFile(Hook):
 
 
 class TensorBoard(Hook):
-    """Scalars for each log interval and epoch; the step axis is 1000 x epochs done."""
+    """Scalars for each log interval and epoch; the step axis is 1000 x epochs done.
+
+    What cannot be written is kept and written with what follows, by a new writer: torch's never works again.
+    """
 
     main_only = True
+    writer = None
 
     def __init__(self, log_dir):
-        self.log_dir = log_dir
+        self.log_dir, self.unwritten = log_dir, []  # calls of a writer's method: its name and arguments
 
     def on_start(self, run):
-        from torch.utils.tensorboard import SummaryWriter
-
         # What an earlier process of this run wrote beyond its last checkpoint is dropped.
-        beyond = None if run.evaluating else int(1000 * run.epochs_done) + 1
-        run.writer = self.writer = SummaryWriter(self.log_dir, purge_step=beyond)
+        self.beyond = None if run.evaluating else int(1000 * run.epochs_done) + 1
+        run.add_picture = self.add_picture
+        self.write()
 
     def on_log(self, run):
         for name, value in (run.lap | {"lr": run.lr}).items():
-            self.writer.add_scalar(f"train/{name}", value, int(1000 * run.epochs_done))
+            self.unwritten.append(("add_scalar", f"train/{name}", value, int(1000 * run.epochs_done)))
+        self.write()
 
     def on_epoch_end(self, run):
         for name, value in run.metrics.items():
             kind, _, rest = name.partition("_")
             tag = f"{kind}/{rest}" if kind in ("test", "probe") else f"epoch/{name}"
-            self.writer.add_scalar(tag, value, 1000 * run.epochs_trained)
-        self.writer.flush()
+            self.unwritten.append(("add_scalar", tag, value, 1000 * run.epochs_trained))
+        self.write()
+
+    def add_picture(self, run, title, picture):
+        """Show a Pillow RGB image."""
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(picture.height, picture.width, 3)
+        self.unwritten.append(("add_image", title, pixels, 1000 * run.epochs_trained, None, "HWC"))
+        self.write()
+
+    def write(self):
+        """Raises OSError."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(self.log_dir, purge_step=self.beyond)
+            for method, *values in self.unwritten:
+                getattr(self.writer, method)(*values)
+            self.writer.flush()
+            self.unwritten, self.beyond = [], None
+        except OSError:
+            self.writer = None
+            raise
 
     def on_end(self, run):
+        self.write()
         self.writer.close()
 
 
-def add_picture(run, title, picture):
-    """Show a Pillow RGB image in TensorBoard, if that is on."""
-    if getattr(run, "writer", None):
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(picture.height, picture.width, 3)
-        run.writer.add_image(title, pixels, 1000 * run.epochs_trained, dataformats="HWC")
-        run.writer.flush()
+def save_picture(run, path, picture):
+    """Write a Pillow RGB image whole, and show it in TensorBoard, if that is on."""
+    checkpoints.write_whole(path, lambda file: picture.save(file, "PNG"))
+    run.add_picture(run, re.sub(r"-\d+$", "", Path(path).stem), picture)
 
 
 # ---------------------------------------------------------------- pictures, tables, profiles
@@ -263,8 +288,7 @@ class Reconstructions(Hook):
         samples = [self.dataset[0, i * len(run.images) // count, 0] for i in range(count)]
         batch = Batch.collate(samples)
         picture = draw_reconstructions(run.model, batch.imgs.to(run.device), batch.noise.to(run.device))
-        picture.save(Path(self.output_dir) / f"reconstruction-{run.epoch:04}.png")
-        add_picture(run, "reconstruction", picture)
+        save_picture(run, Path(self.output_dir) / f"reconstruction-{run.epoch:04}.png", picture)
 
 
 class ClassReport(Hook):
@@ -299,8 +323,7 @@ class ClassReport(Hook):
         rows = [(name, *counts) for name, counts in zip(run.class_names, matrix.tolist(), strict=True)]
         self.write_csv(f"{stem}.csv", ("true class \\ predicted", *run.class_names), rows)
         picture = draw_confusion(matrix, run.class_names)
-        picture.save(self.folder / f"{stem}.png")
-        add_picture(run, stem, picture)
+        save_picture(run, self.folder / f"{stem}.png", picture)
 
     def write_csv(self, name, titles, rows):
         text = io.StringIO()
@@ -359,7 +382,7 @@ class Checkpointer(Hook):
     weights, with encoder-best.pth or encoder-best-ema.pth, the weights of the encoder alone.
     """
 
-    last_written = None  # epoch, step and name of the last checkpoint, on the main rank
+    last_written = None  # epoch and step of the last checkpoint, on the main rank
 
     def on_step(self, run):
         every = run.args.save_ckpt_steps
@@ -367,57 +390,70 @@ class Checkpointer(Hook):
             self.save(run, step=run.step)
 
     def on_epoch_end(self, run):
-        for name in filter(run.is_best, run.watched):
-            if not self.save(run, name="best-ema" if name.endswith("_ema") else "best"):
-                run.best = run.best_before  # what is on disk
+        best = [name.endswith("_ema") for name in run.watched if run.is_best(name)]
+        if best and not self.try_on_main_rank(run, lambda: checkpoints.save_best(run, best)):
+            run.best = run.best_before  # what is on disk
         if (run.epoch + 1) % run.args.save_ckpt_freq == 0 or run.is_last_epoch():
             self.save(run, is_last=run.is_last_epoch())
 
-    def save(self, run, step=None, name=None, is_last=False):
-        """Write a checkpoint, if it is not there yet; whether that succeeded.
+    def on_error(self, run):
+        """Without the other ranks, one of which may be the one that failed: of the last losses only this one's."""
+        if utils.is_main_process():
+            run.read_losses(alone=True)
+            self.check_weights(run)
+            try:
+                self.write(run, run.step)
+                log(f"saved at epoch {run.epoch}, step {run.step}: the same command resumes from here")
+            except OSError as error:
+                log(f"checkpoint not saved: {error}")
+
+    def save(self, run, step=None, is_last=False):
+        """Write a checkpoint, if it is not there yet; whether that succeeded. On all ranks, at the same step.
 
         Raises TrainingError if the weights are not finite, or if it cannot be written and the run ends here (is_last).
         """
         run.read_losses()
+        return self.try_on_main_rank(run, lambda: self.write(run, step), is_last)
+
+    def check_weights(self, run):
         if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():
             raise TrainingError(
                 f"weights are not finite after step {run.step} of epoch {run.epoch}: stopped. "
-                "The last checkpoint is from before. Try a lower --blr, or --amp_dtype bfloat16"
+                f"{run.describe_last_checkpoint()}Try a lower --blr, or --amp_dtype bfloat16"
             )
-        return utils.on_main_rank(lambda: self.try_to_write(run, step, name, is_last))
 
-    def try_to_write(self, run, step, name, is_last):
-        try:
-            if self.last_written != (run.epoch, step, name):
-                self.write(run, step, name)
-                self.last_written = (run.epoch, step, name)
-            return True
-        except OSError as error:
-            if is_last:
-                raise TrainingError(f"the last checkpoint could not be saved: {error}") from None
-            log(f"checkpoint not saved: {error}. Earlier ones are kept, training continues, the next save tries again.")
-            return False
+    def try_on_main_rank(self, run, write, is_last=False):
+        """Call write() on the main rank; whether that succeeded. Raises as `save` does."""
+        self.check_weights(run)
 
-    @staticmethod
-    def write(run, step, name):
+        def attempt():
+            try:
+                write()
+                return True
+            except OSError as error:
+                if is_last:
+                    raise TrainingError(f"the last checkpoint could not be saved: {error}") from None
+                kept = "Earlier ones are kept, training continues, the next save tries again."
+                log(f"checkpoint not saved: {error}. {kept}")
+                return False
+
+        return utils.on_main_rank(attempt)
+
+    def write(self, run, step):
         """On the main rank. Raises OSError."""
-        state = run.state_dict()
-        checkpoints.save_model(
-            run.args, run.epoch, None, run.model, run.optimizer, run.scaler, run.model_ema, step, name, **state
-        )
-        if name is not None:
-            model = run.model_ema.module if name.endswith("ema") else run.model
-            weights, _ = split_decoder(model.state_dict())
-            encoder = {key: value for key, value in weights.items() if not key.startswith(("norm.", "head."))}
-            path = Path(run.args.output_dir) / f"encoder-{name}.pth"
-            checkpoints.save_whole(path, {"model": encoder, "config": model.config})
+        if self.last_written != (run.epoch, step):
+            checkpoints.save_model(
+                run.args, run.epoch, None, run.model, run.optimizer, run.scaler, run.model_ema, step, **run.state_dict()
+            )
+            self.last_written = (run.epoch, step)
 
 
 class StopOnSignal(Hook):
-    """After a signal that a scheduler sends before it takes the machine: save and stop, on all ranks at one step.
+    """After Ctrl-C, or a signal of a terminal or scheduler before it ends the process: save and stop, on all ranks.
 
-    The signal is only noted; the step under way is finished first, so nothing is cut short, however many signals come.
-    Ranks agree every `PATIENCE` seconds or so, not every step. Raises `utils.Stopped`.
+    The signal is only noted; the step under way is finished first, so nothing is cut short, however many signals come;
+    but a second Ctrl-C ends the process at once. Ranks agree every `PATIENCE` seconds or so, not every step. Raises
+    `utils.Stopped`.
     """
 
     PATIENCE = 2.0
@@ -428,11 +464,14 @@ class StopOnSignal(Hook):
         self.every = self.left = 1  # steps between two agreements, and those left
 
     def on_start(self, run):
-        self.previous = {signum: signal.signal(signum, self.note) for signum in utils.STOP_SIGNALS}
+        heard = [signum for signum in utils.STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup
+        self.previous = {signum: signal.signal(signum, self.note) for signum in heard}
         self.agreed = time.perf_counter()
         run.stop_requested = lambda: bool(self.received)
 
     def note(self, signum, frame):
+        if self.received == signum == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = self.received or signum
 
     def on_step(self, run):
@@ -454,7 +493,7 @@ class StopOnSignal(Hook):
             return
         if self.checkpointer is not None:
             self.checkpointer.save(run, step=step, is_last=True)
-        handler = self.previous[received] if received != signal.SIGTERM else None
+        handler = self.previous[received] if received in (signal.SIGUSR1, signal.SIGUSR2) else None
         # from here on signals are still noted, and change nothing
         raise utils.Stopped(received, self.checkpointer is not None, handler if callable(handler) else None)
 

@@ -232,9 +232,8 @@ def evaluate_only(args, device):
     if "format" in checkpoint:
         run.epoch = checkpoint["epoch"]
     size = " x ".join(map(str, args.eval_size or args.input_size))
-    log(
-        f"{args.model}: {run.n_parameters / 1e6:.1f} M parameters from {path}, {len(class_names)} classes, {size} pixels"
-    )
+    facts = f"{run.n_parameters / 1e6:.1f} M parameters from {path}, {len(class_names)} classes, {size} pixels"
+    log(f"{args.model}: {facts}")
 
     # evaluation
     observers = build_hooks(args)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import time
 from pathlib import Path
 
@@ -79,6 +80,8 @@ class Run:
         self.best = {}  # by watched metric: value, its epoch, measurements since
         self.unreadable_images = {}  # names that any rank met, in order
         self.hooks = lambda event, run: None
+        self.add_picture = lambda run, title, picture: None  # where pictures are shown
+        self.between_steps = True  # whether weights and optimizer are those after `step` steps
         self.hook_states = {}  # of the checkpoint, for hooks that keep a state
         self.epoch_means = Means()
         self.epoch_images, self.epoch_seconds = 0, 0.0  # trained in this epoch, up to the last log line
@@ -156,20 +159,21 @@ class Run:
         }
         self.start_lap()
 
-    def read_losses(self):
+    def read_losses(self, alone=False):
         """Fetch the losses since the last call, averaged over all ranks, which call this at the same step.
 
-        Raises TrainingError, on all of them, at a loss that is not finite.
+        alone: without the others. Raises TrainingError, on all of them, at a loss that is not finite.
         """
         if not self.unread_losses:
             return
         names = list(self.unread_losses[0])
         local = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self.unread_losses])
         losses = local.clone()  # (batches, names)
-        if dist.is_initialized():
+        if dist.is_initialized() and not alone:
             dist.all_reduce(losses)
             losses /= dist.get_world_size()
-        self.unreadable_images |= dict.fromkeys(sum(utils.all_gather(self.unread_names), []))
+        unreadable = [self.unread_names] if alone else utils.all_gather(self.unread_names)
+        self.unreadable_images |= dict.fromkeys(sum(unreadable, []))
         self.unread_losses, self.unread_names = [], []
         for index, values in enumerate(losses.tolist()):
             if not math.isfinite(values[0]):
@@ -234,6 +238,11 @@ class Run:
             "hooks": getattr(self.hooks, "state_dict", dict)(),
         }
 
+    def describe_last_checkpoint(self):
+        """A sentence for errors; empty if there is none."""
+        saved = self.args.output_dir and any(Path(self.args.output_dir).glob("checkpoint-*.pth"))
+        return "The last checkpoint is from before. " if saved else ""
+
     def load_state_dict(self, checkpoint):
         """Continue where a checkpoint of this project was written."""
         load_moments(self.optimizer, checkpoint["optimizer"])
@@ -264,7 +273,7 @@ def report_nonfinite_loss(run, loss, batch, is_local):
             examples += f" (all in {path})"
     raise TrainingError(
         f"loss is {loss} in epoch {run.epoch}, step {batch // run.args.update_freq + 1} of {run.steps_per_epoch}: "
-        f"stopped. The last checkpoint is from before. Try a lower --blr, or --amp_dtype bfloat16. Batch: {examples}"
+        f"stopped. {run.describe_last_checkpoint()}Try a lower --blr, or --amp_dtype bfloat16. Batch: {examples}"
     )
 
 
@@ -302,6 +311,9 @@ class Hook:
 
     def on_end(self, run):
         """After the last epoch."""
+
+    def on_error(self, run):
+        """After any error within an epoch, with weights and optimizer as after `run.step` steps. No collectives."""
 
     def state_dict(self):
         return None
@@ -346,17 +358,39 @@ class Hooks:
 
 
 def log_configuration(run, schedule, model_description, loader):
-    """Print the flags, and in two lines what is trained on which data."""
+    """Print what a person checks before leaving a run alone."""
     args = run.args
-    for name, value in sorted(vars(args).items()):
-        log(f"  {name}: {value}")
+    precision = f"{args.amp_dtype} autocast" if args.use_amp else "float32"
+    compiled = ", compiled" if args.compile else ""
+    ranks = f"{utils.get_world_size()} rank{'s' * (utils.get_world_size() > 1)}"
+    steps = f"{run.steps_per_epoch} steps of {effective_batch_size(args)} an epoch"
+    where = f"epoch {run.epoch}, step {run.step}" if run.epochs_done else "the beginning"
+    log(f"{args.model}, {model_description}")
+    log(f"{len(run.images)} images, {steps}, {args.epochs} epochs, from {where}; seed {args.seed}")
+    decay = f"weight decay {args.weight_decay:g}"
+    log(f"peak learning rate {schedule.peak_lr:.2e} after {schedule.warmup_epochs:g} epochs of warm-up; {decay}")
     if schedule.warmup_epochs >= args.epochs:
         log(f"warm-up of {schedule.warmup_epochs:g} epochs: the learning rate rises during all of {args.epochs}")
-    log(f"{args.model}, {model_description}")
-    steps = f"{run.steps_per_epoch} steps of {effective_batch_size(args)} an epoch"
-    ranks = f"{utils.get_world_size()} rank{'s' * (utils.get_world_size() > 1)}"
-    workers = f"{loader.num_workers} loader workers each"
-    log(f"{len(run.images)} images, {steps}; peak learning rate {schedule.peak_lr:.2e}; {ranks}, {workers}")
+    log(f"{ranks} on {run.device}, {precision}{compiled}; {loader.num_workers} loader workers each")
+    log(f"output: {args.output_dir or 'none'}; torch {torch.__version__}")
+    cores = len(os.sched_getaffinity(0))
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if run.device.type == "cpu" and torch.get_num_threads() > max(cores - busy, 1) + 0.5:
+        threads = f"{torch.get_num_threads()} threads on {cores} cores with a load of {busy:.1f} wait for each other"
+        log(f"hint: {threads}: OMP_NUM_THREADS={max(round(cores - busy), 1)} may be faster")
+
+
+@contextlib.contextmanager
+def saved_on_error(run):
+    """Let hooks save the run if anything fails between two steps, such as a loader worker that was killed."""
+    try:
+        yield
+    except (UserError, TrainingError, utils.Stopped):
+        raise
+    except Exception:
+        if run.between_steps:
+            run.hooks("on_error", run)
+        raise
 
 
 def train(run, hooks, train_one_epoch, evaluate=None):
@@ -366,17 +400,22 @@ def train(run, hooks, train_one_epoch, evaluate=None):
     `Run.add_evaluations`; None: no evaluation.
     """
     if run.is_finished(run.epoch):
-        return log(f"nothing left to do: {run.epoch} of {run.args.epochs} epochs are done")
+        epochs = run.args.epochs
+        done = (
+            f"{run.epoch} of {epochs} epochs" if run.epoch <= epochs else f"{run.epoch} epochs, --epochs is {epochs},"
+        )
+        return log(f"nothing left to do: {done} are done")
     run.hooks = hooks
     hooks.load_state_dict(run.hook_states)
     hooks("on_start", run)
     while not run.is_finished(run.epoch):
         run.sampler.set_position(run.epoch, run.step)
         hooks("on_epoch_start", run)
-        train_one_epoch()
-        if evaluate is not None:
-            run.add_evaluations(evaluate())
-        hooks("on_evaluate", run)
+        with saved_on_error(run):
+            train_one_epoch()
+            if evaluate is not None:
+                run.add_evaluations(evaluate())
+            hooks("on_evaluate", run)
         run.close_epoch()
         hooks("on_epoch_end", run)
         run.start_next_epoch()

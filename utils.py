@@ -42,8 +42,9 @@ class Stopped(Exception):
         self.signum, self.saved, self.requeue = signum, saved, requeue
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what schedulers send before they take the machine
-STOPPED = 75  # exit status of a run that a signal stopped and that can resume: EX_TEMPFAIL, "try again"
+# Ctrl-C, the end of a terminal, and what schedulers send before they take the machine
+STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 75  # exit status of a run that a scheduler stopped and that can resume: EX_TEMPFAIL, "try again"
 
 
 @contextlib.contextmanager
@@ -58,14 +59,16 @@ def name_in_errors(prefix):
 def run_main(main, args, name):
     """Call main(args) and translate what ends it early into one line and an exit status.
 
-    Status: 2 after `UserError`, 75 after `Stopped` if the run is saved, 1 after any other error.
+    Status: 2 after `UserError`; after a signal 75 if a scheduler sent it and the run is saved, else 128 + its number;
+    1 after any other error.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main(args)
         leave_process_group()
     except KeyboardInterrupt:
-        log("stopped by Ctrl-C; the same command resumes from the last checkpoint")
+        shutdown_workers()
+        log("stopped by Ctrl-C at once; nothing more was saved")
         sys.exit(130)
     except (UserError, TrainingError) as error:
         shutdown_workers()
@@ -76,7 +79,8 @@ def run_main(main, args, name):
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
         requeue(stopped)
-        sys.exit(STOPPED if stopped.saved else 128 + stopped.signum)
+        by_person = stopped.signum in (signal.SIGINT, signal.SIGHUP)
+        sys.exit(128 + stopped.signum if by_person or not stopped.saved else STOPPED)
     except Exception:
         if get_world_size() > 1:
             print(f"rank {get_rank()} of {get_world_size()}, on {socket.gethostname()}, failed:", file=sys.stderr)
@@ -107,9 +111,10 @@ def requeue(stopped):
 
 
 def log(*words):
-    """Print a line at once, on the main process only."""
+    """Print a line at once, on the main process only. A closed terminal or a full disk behind it stops no run."""
     if is_main_process():
-        print(*words, flush=True)
+        with contextlib.suppress(OSError):
+            print(*words, flush=True)
 
 
 # ---------------------------------------------------------------- ranks and collectives

@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", default=3, type=int, help="SIGKILLs in tests/test_kill.py (its long form: 30)")
+    parser.addoption("--rounds", default=1, type=int, help="tries in tests/test_faults.py (its long form: 10)")
     parser.addoption("--terms", default=1, type=int, help="SIGTERMs there (10)")
 
 
@@ -96,6 +97,12 @@ class Result:
         self.status, self.out, self.err = status, out, err
 
 
+def release_locks():
+    """As the end of a process does."""
+    while checkpoints.LOCKS:
+        checkpoints.LOCKS.pop().release()
+
+
 def run_here(run, command, monkeypatch, capsys):
     """Call run() in this process with that command line: its exit status and what it printed."""
     monkeypatch.setattr(sys, "argv", [*map(str, command)])
@@ -107,8 +114,7 @@ def run_here(run, command, monkeypatch, capsys):
         status = exit.code
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    while checkpoints.LOCKS:  # as the end of a process does
-        checkpoints.LOCKS.pop().release()
+    release_locks()
     return Result(status, *capsys.readouterr())
 
 

@@ -1,18 +1,23 @@
 """Hooks see a run and do not change it: each keeps its promise in a real short run, and none moves a weight."""
 
+import contextlib
+import errno
 import gzip
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL, TINY, assert_same_weights, log_lines, weights
+from PIL import Image
 
-import checkpoints
 import evaluation
 import hooks
 import main_finetune
@@ -360,23 +365,59 @@ def test_the_best_checkpoint_is_that_of_the_watched_metric_with_its_encoder(obse
     assert last["best"]["train_loss"] == [min(losses), losses.index(min(losses)), 1 - losses.index(min(losses))]
 
 
-def test_a_best_checkpoint_that_could_not_be_saved_leaves_the_one_before_the_best(
-    small, pretrain, tmp_path, monkeypatch
+@pytest.mark.parametrize("file", ["checkpoint-best", "encoder-best", "checkpoint-best-ema", "encoder-best-ema"])
+def test_best_files_and_the_record_of_the_best_agree_when_a_disk_is_full(
+    labelled_folder, narrow, finetune, tmp_path, monkeypatch, file
 ):
-    save, failed = checkpoints.save_model, []
+    """Or a worse epoch would replace a file that the record does not know of."""
+    flags = "--model_ema true --model_ema_eval true --batch_size 4 --watch test_loss --lr 1e-3 --head_init_scale 1"
+    flags += " --epochs 2 --warmup_epochs 0 --save_ckpt_freq 9"
+    save, failed = torch.save, []
 
-    def fail_once(*args, **state):
-        if args[-1] == "best" and args[1] == 0:
+    def fail_once(content, handle):
+        if f".{file}.pth-" in os.readlink(f"/proc/self/fd/{handle.fileno()}") and not failed:
             failed.append(1)
-            raise OSError("disk full")
-        save(*args, **state)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, handle)
 
-    monkeypatch.setattr(checkpoints, "save_model", fail_once)
-    result = pretrain(*small, "--output_dir", tmp_path, "--watch", "train_loss", "--picture_freq", 0)
-    assert failed == [1] and "checkpoint not saved: disk full" in result.out
-    assert torch.load(tmp_path / "checkpoint-0.pth")["best"] == {}
-    loss = log_lines(tmp_path)[1]["train_loss"]
-    assert torch.load(tmp_path / "checkpoint-best.pth")["best"] == {"train_loss": [loss, 1, 0]}
+    monkeypatch.setattr(torch, "save", fail_once)
+    result = finetune(*TINY, "--data_path", labelled_folder, "--output_dir", tmp_path, *flags.split())
+    assert failed and f"{file}.pth: No space left on device. Earlier ones are kept" in result.out
+    best = torch.load(tmp_path / "checkpoint-1.pth")["best"]
+    losses = [line["test_loss"] for line in log_lines(tmp_path)]
+    if losses[1] < losses[0]:  # the second epoch was saved, all files together
+        assert best["test_loss"][:2] == [losses[1], 1] and len(list(tmp_path.glob("*-best*"))) >= 2
+    else:
+        assert best == {} and not list(tmp_path.glob("*-best*"))
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_tensorboard_loses_no_scalar_to_a_full_disk(tmp_path):
+    run = types.SimpleNamespace(evaluating=False, epochs_done=0.0, lap={"loss": 0.5}, lr=0.1)
+    board = hooks.TensorBoard(tmp_path)
+    board.on_start(run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for epochs_done in (0.25, 0.5, 0.75):
+        run.epochs_done = epochs_done
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if epochs_done == 0.5 else limits[0], limits[1]))
+        try:
+            with pytest.raises(OSError) if epochs_done == 0.5 else contextlib.nullcontext():
+                board.on_log(run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    board.on_end(run)
+    assert [scalar.step for scalar in events(tmp_path).Scalars("train/loss")] == [250, 500, 750]
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_empty_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            hooks.save_picture(None, tmp_path / "reconstruction-0000.png", Image.new("RGB", (8, 8)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_best_value_is_the_first_of_equals_and_never_nan(run):

@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, TINY, assert_same_weights, log_lines, weights
+import torch
+from conftest import SMALL, TINY, assert_same_weights, log_lines, release_locks, weights
 
 import checkpoints
 import evaluation
@@ -24,10 +26,27 @@ def small(image_folder):
     return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
-def test_after_a_signal_the_step_is_saved_and_the_run_goes_on_from_it(name, small, pretrain, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("stop")
+
+
+@pytest.fixture
+def whole(shared, small, pretrain):
+    """The folder of a run of `small` that nothing stopped; made once."""
+    if not (shared / "whole").exists():
+        assert pretrain(*small, "--picture_freq", 0, "--output_dir", shared / "whole").status == 0
+    return shared / "whole"
+
+
+SIGNALS = [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130), ("SIGHUP", 129)]
+
+
+@pytest.mark.parametrize(("name", "status"), SIGNALS)
+def test_after_a_signal_the_step_is_saved_and_the_run_goes_on_from_it(
+    name, status, small, whole, pretrain, tmp_path, monkeypatch
+):
     flags = [*small, "--picture_freq", 0]
-    pretrain(*flags, "--output_dir", tmp_path / "whole")
     note = hooks.Console.on_log
 
     def on_log(console, run):
@@ -40,11 +59,72 @@ def test_after_a_signal_the_step_is_saved_and_the_run_goes_on_from_it(name, smal
     monkeypatch.setattr(utils, "barrier", lambda: os.kill(os.getpid(), signal.SIGTERM))  # nor does one after the save
     folder = tmp_path / "stopped"
     result = pretrain(*flags, "--output_dir", folder, "--print_freq", 1)
-    assert result.status == utils.STOPPED == 75 and f"stopped by {name}: saved; the same command resumes" in result.out
+    assert result.status == status and f"stopped by {name}: saved; the same command resumes" in result.out
     assert [path.name for path in folder.glob("*.pth")] == ["checkpoint-0-3.pth"]
     monkeypatch.undo()
     assert pretrain(*flags, "--output_dir", folder).status == 0
-    assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(tmp_path / "whole", "checkpoint-1.pth"))
+    assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(whole, "checkpoint-1.pth"))
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(small, pretrain, tmp_path, monkeypatch):
+    def on_log(console, run):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(hooks.Console, "on_log", on_log)
+    result = pretrain(*small, "--output_dir", tmp_path)
+    assert result.status == 130 and not list(tmp_path.glob("*.pth"))
+    assert result.out.endswith("stopped by Ctrl-C at once; nothing more was saved\n")
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = hooks.StopOnSignal()
+        stop.on_start(types.SimpleNamespace())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == 0
+        stop.on_end(None)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_without_an_output_folder_ctrl_c_promises_nothing(small, pretrain, monkeypatch):
+    monkeypatch.setattr(hooks.Console, "on_log", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    result = pretrain(*small)
+    assert result.status == 130 and "stopped by SIGINT: nothing was saved" in result.out
+
+
+def test_a_loader_worker_that_is_killed_costs_no_step(small, whole, pretrain, tmp_path, monkeypatch):
+    flags = [*small, "--picture_freq", 0]
+
+    def on_log(console, run):
+        if (run.epoch, run.step) == (0, 3):
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(hooks.Console, "on_log", on_log)
+    folder = tmp_path / "failed"
+    with pytest.raises(RuntimeError, match="is killed by signal"):
+        pretrain(*flags, "--output_dir", folder, "--print_freq", 1)
+    release_locks()
+    assert [path.name for path in folder.glob("*.pth")] == ["checkpoint-0-3.pth"]
+    monkeypatch.undo()
+    assert pretrain(*flags, "--output_dir", folder).status == 0
+    assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(whole, "checkpoint-1.pth"))
+    assert log_lines(folder) == log_lines(whole)
+
+
+def test_an_error_within_the_optimizers_step_saves_nothing(small, pretrain, tmp_path, monkeypatch):
+    """Some of the weights may have moved already."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("half of the weights have moved")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(RuntimeError, match="half of the weights"):
+        pretrain(*small, "--output_dir", tmp_path)
+    release_locks()
+    assert not list(tmp_path.glob("*.pth"))
 
 
 def test_a_signal_within_an_evaluation_gives_it_up(labelled_folder, finetune, tmp_path, monkeypatch):

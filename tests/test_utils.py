@@ -348,5 +348,5 @@ def test_image_sizes_are_height_and_width():
 def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     for value in (np.int64(3), np.float64(3), np.str_("a"), object()):
         with pytest.raises(TypeError, match=r"a.pth\['hooks'\]\['Count'\]\[0\] is a "):
-            checkpoints.save_whole(tmp_path / "a.pth", {"model": {}, "hooks": {"Count": [value]}})
+            checkpoints.save_together({tmp_path / "a.pth": {"model": {}, "hooks": {"Count": [value]}}})
     assert not list(tmp_path.iterdir())

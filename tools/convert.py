@@ -7,7 +7,7 @@ from pathlib import Path
 
 import flags
 import utils
-from checkpoints import load_checkpoint, save_whole
+from checkpoints import load_checkpoint, save_together
 from models import weights
 from tools.common import add_model_key_arg
 from utils import UserError
@@ -37,7 +37,7 @@ def main(args):
     with utils.name_in_errors(f"{args.input} --to timm"):
         converted = weights.to_timm(state, checkpoint.get("config")) if args.to == "timm" else {"model": state}
     try:
-        save_whole(args.output, converted)
+        save_together({args.output: converted})
     except OSError as error:
         raise UserError(f"OUT {error}") from None
     tensors = len(converted if args.to == "timm" else state)
