@@ -357,6 +357,18 @@ def is_flags(value):
     )
 
 
+def is_config(value):
+    """Whether these can be a constructor's arguments; what concerns shapes is read from the weights instead."""
+    known = {"norm_pix_loss": bool, "mask_ratio": float, "drop_path_rate": float, "head_init_scale": float}
+    known |= {"sparse_backend": str, "img_size": (int, tuple, list)}
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(item, known.get(name, (bool, int, float, str, tuple, list, type(None))))
+        and all(is_count(side) for side in (item if isinstance(item, tuple | list) else ()))
+        for name, item in value.items()
+    )
+
+
 # The entries of a checkpoint of this project that are not weights: a test and, in words, what passes it
 SCHEMA = {
     "epoch": (is_count, "a whole number, at least 0"),
@@ -364,7 +376,7 @@ SCHEMA = {
     "num_images": (is_count, "a whole number, at least 0"),
     "effective_batch_size": (is_count, "a whole number, at least 0"),
     "lr": (lambda value: is_number(value) and 0 <= value < math.inf, "a number, at least 0"),
-    "config": (lambda value: isinstance(value, dict), "a dict"),
+    "config": (is_config, "a dict of the network's options"),
     "optimizer": (lambda value: isinstance(value, dict), "a dict"),
     "scaler": (lambda value: isinstance(value, dict), "a dict"),
     "hooks": (lambda value: isinstance(value, dict), "a dict"),
@@ -462,7 +474,9 @@ def restore(run):
         raise UserError(f"{path}: cannot resume: missing key {error}") from None
     except ValueError as error:  # of the optimizer: other groups, as another layer decay makes
         flags = " ".join(f"--{name} {checkpoint['args'].get(name)}" for name in ("layer_decay", "layer_decay_type"))
-        raise UserError(f"{path}: cannot resume: saved with {flags}; use the same: {error}") from None
+        raise UserError(f"{path}: cannot resume: {error}; saved with {flags}: use the same") from None
+    except (TypeError, AttributeError, RuntimeError) as error:  # of scaler and hooks
+        raise UserError(f"{path}: cannot resume: a state is not what this version writes: {error}") from None
     report_changes(run, checkpoint, path)
     log(f"resuming from {path}: epoch {run.epoch}, step {run.step}")
 

@@ -70,7 +70,7 @@ def add_labelled_args(parser):
     add("--crop_pct", type=flags.fraction_above_0, help=center)
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--color_jitter", type=at_least(0.0), help="strength, only with --aa none; None: no jitter")
+    add("--color_jitter", type=fraction, help="strength, only with --aa none; None: no jitter")
     policy = "rand-m9-mstd0.5-inc1"
     add("--aa", default=policy, type=flags.str_or_none, help="timm's name of an AutoAugment policy, or none")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")

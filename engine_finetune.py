@@ -17,7 +17,7 @@ def add_batch_args(parser):
     add("--reprob", default=0.25, type=fraction, help="probability of random erasing, per image")
     fills = ("pixel", "rand", "const")
     add("--remode", default="pixel", choices=fills, help="erase by noise per pixel, one random color, or 0")
-    add("--recount", default=1, type=at_least(1), help="largest number of erased rectangles per image")
+    add("--recount", default=1, type=at_least(1, 100), help="largest number of erased rectangles per image")
     add("--mixup", default=0.0, type=at_least(0.0), help="alpha of mixup; 0: none")
     add("--cutmix", default=0.0, type=at_least(0.0), help="alpha of cutmix; 0: none")
     sides = "range of the cut's sides, as a fraction of the image's; None: drawn by --cutmix"
@@ -32,8 +32,9 @@ def check_batch_args(args):
     """Raise UserError for flags of `add_batch_args` that do not fit each other or the batch size."""
     if mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: must be even for mixup and cutmix")
-    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
-        raise UserError(f"--cutmix_minmax {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}: give the smaller first")
+    low, high = args.cutmix_minmax or (0, 1)
+    if low > high or high == 0:
+        raise UserError(f"--cutmix_minmax {low} {high}: give the smaller first, and the larger above 0")
 
 
 def build_erasing(args, device):

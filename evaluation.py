@@ -1,11 +1,13 @@
 """What a network makes of a data set: outputs collected over all ranks, metrics, probes of features, pictures."""
 
+import contextlib
 import math
+import subprocess
 import time
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import utils
 from images import denormalize, normalize
@@ -217,12 +219,30 @@ def draw_table(columns, border=4, min_width=112, header=16):
     return table
 
 
+def find_font(text):
+    """A font that has all of these characters: Pillow's own for ASCII, else one that fontconfig finds, or None."""
+    if text.isascii():
+        return ImageFont.load_default()
+    codes = " ".join(f"{ord(character):x}" for character in sorted(set(text)))
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["fc-list", f":charset={codes}", "--format", "%{file}\\n"]
+        files = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+        if files:
+            return ImageFont.truetype(min(files, key=lambda file: ("Bold" in file, "Sans" not in file, file)), 11)
+    return None
+
+
 def draw_confusion(matrix, names, width=800):
-    """A Pillow RGB image of confusion counts (C, C), rows = true classes; darker = a larger share of the row."""
+    """A Pillow RGB image of confusion counts (C, C), rows = true classes; darker = a larger share of the row.
+
+    Where no font has the names' characters, the classes' numbers stand for them.
+    """
     count = len(matrix)
     cell = min(max(width // count, 1), 48)  # pixels; from 12 on there is room for names, from 24 for counts
-    names = [name[:24] for name in names]
-    margin = 40 + 6 * max(map(len, names)) if cell >= 12 else 40
+    names, font = [name[:24] for name in names], find_font("".join(names))
+    if font is None:
+        names, font = [f"class {number}" for number in range(count)], ImageFont.load_default()
+    margin = 40 + math.ceil(max(map(font.getlength, names))) if cell >= 12 else 40
     side = cell * count
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     color = 1 - share[:, :, None] * torch.tensor([0.88, 0.62, 0.35])  # white to blue
@@ -237,8 +257,8 @@ def draw_confusion(matrix, names, width=800):
     headings = Image.new("RGB", (margin - 20, side), "white")  # names of columns, before they are turned
     for i, name in enumerate(names):
         y = cell * i + cell // 2
-        draw.text((margin - 6, margin + y), name, fill="black", anchor="rm")
-        ImageDraw.Draw(headings).text((6, y), name, fill="black", anchor="lm")
+        draw.text((margin - 6, margin + y), name, fill="black", anchor="rm", font=font)
+        ImageDraw.Draw(headings).text((6, y), name, fill="black", anchor="lm", font=font)
         for j in matrix[i].nonzero().flatten().tolist() if cell >= 24 else ():
             center = margin + cell * j + cell // 2, margin + y
             fill = "white" if share[i, j] > 0.5 else "black"

@@ -106,10 +106,11 @@ def number(kind, accepts, accepted):
     return convert
 
 
-def at_least(low):
-    """Argument type: a finite number from `low` on, whole if `low` is an int."""
+def at_least(low, at_most=None):
+    """Argument type: a finite number from `low` on, up to `at_most`, whole if `low` is an int."""
     kind = "a whole number, " if isinstance(low, int) else ""
-    return number(type(low), lambda value: low <= value < math.inf, f"{kind}at least {low}")
+    high, limit = (math.inf, "") if at_most is None else (at_most, f", at most {at_most}")
+    return number(type(low), lambda value: low <= value <= high and value < math.inf, f"{kind}at least {low}{limit}")
 
 
 def above(low):
@@ -157,7 +158,7 @@ class ImageSize(argparse.Action):
     """A flag of one or two numbers, kept as (height, width)."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs | dict(nargs="+", type=at_least(1), metavar="PIXELS"))
+        super().__init__(*args, **kwargs | dict(nargs="+", type=at_least(1, 16384), metavar="PIXELS"))
 
     def __call__(self, parser, namespace, sizes, option_string=None):
         if len(sizes) > 2:
@@ -180,7 +181,7 @@ def add_model_args(parser, names):
     add = parser.add_argument_group("model").add_argument
     add("--model", default="convnextv2_base", choices=list(names), metavar="NAME", help=f"one of {', '.join(names)}")
     add("--input_size", default=(224, 224), action=ImageSize, help="side of the images, or height and width")
-    add("--in_chans", default=3, type=at_least(1), help="channels of the images: 1 reads gray, 3 RGB, 4 RGBA")
+    add("--in_chans", default=3, type=at_least(1, 1024), help="channels of the images: 1 reads gray, 3 RGB, 4 RGBA")
     stride = "stride of the stem in pixels; the total stride and the mask unit are 8 times that"
     add("--stem_stride", default=4, type=int, choices=(1, 2, 4), help=stride)
 

@@ -35,8 +35,8 @@ def get_args_parser():
     add = parser.add_argument_group("masked autoencoder").add_argument
     add("--mask_ratio", default=0.6, type=mask_ratio, help="fraction of patches to mask")
     add("--norm_pix_loss", default=True, action=Switch, help="predict patches normalized by their mean and variance")
-    add("--decoder_depth", default=1, type=at_least(0), help="blocks of the decoder")
-    add("--decoder_embed_dim", default=512, type=at_least(1), help="channels of the decoder")
+    add("--decoder_depth", default=1, type=at_least(0, 100), help="blocks of the decoder")
+    add("--decoder_embed_dim", default=512, type=at_least(1, 8192), help="channels of the decoder")
     backends = ("packed", "minkowski")
     add("--sparse_backend", default="packed", choices=backends, help="plain PyTorch, or MinkowskiEngine")
 

@@ -3,6 +3,8 @@
 import math
 from bisect import bisect_right
 
+import torch
+
 import flags
 import utils
 from flags import above, at_least, fraction_above_0, fraction_below_1
@@ -26,11 +28,11 @@ def add_schedule_args(parser, epochs, warmup_epochs, blr, min_lr):
     add("--min_lr", default=min_lr, type=at_least(0.0), help="lowest learning rate after warm-up")
     add("--decay_epochs", default=30, type=at_least(1), help="--sched step: epochs between two decays")
     add("--decay_milestones", type=at_least(0), nargs="+", help="--sched multistep: epochs at which it decays")
-    add("--decay_rate", default=0.1, type=above(0), help="--sched step, multistep: factor at each decay")
+    add("--decay_rate", default=0.1, type=fraction_above_0, help="--sched step, multistep: factor at each decay")
     add("--poly_power", default=0.9, type=above(0), help="--sched poly: the power; 1 is linear")
     add("--weight_decay", default=0.05, type=at_least(0.0), help="none on norms, biases, GRN and mask token")
     add("--weight_decay_end", type=at_least(0.0), help="weight decay at the end of a cosine; None: constant")
-    add("--clip_grad", type=at_least(0.0), help="maximum norm of the gradients; None: no clipping")
+    add("--clip_grad", type=above(0), help="maximum norm of the gradients; None: no clipping")
     add("--seed", default=0, type=seed, help="seed of the weights and of every random draw")
     add("--start_epoch", default=0, type=at_least(0), help="first epoch, from 0, of a new run")
 
@@ -207,6 +209,8 @@ def check_optimizer_args(args):
     info = get_optimizer_info(name)
     if info.second_order:
         raise UserError(f"--opt {args.opt}: needs second derivatives; must be a first-order optimizer, such as adamw")
+    if "momentum" in args.given and not info.has_momentum:
+        raise UserError(f"--momentum {args.momentum}: --opt {args.opt} has none; leave the flag out")
     count = info.num_betas if info.has_betas else 0
     if args.opt_betas and len(args.opt_betas) != count:
         raise UserError(f"--opt_betas {args.opt_betas}: --opt {args.opt} takes {count or 'none'}")
@@ -254,9 +258,37 @@ def create_layer_decay_optimizer(args, model):
 
 
 def load_moments(optimizer, state):
-    """Load an optimizer's state dict, but keep the hyper-parameters of today's flags. ValueError for other groups."""
-    names = ("weight_decay", "lr_scale", "betas", "eps", "momentum")
+    """Load an optimizer's state dict, but keep the hyper-parameters of today's flags.
+
+    Raises ValueError for other groups, and for a state that would fail or spoil the next step.
+    """
+    check_moments(optimizer, state)
+    names = "lr weight_decay decays lr_scale betas eps momentum fused foreach capturable maximize amsgrad".split()
     hyperparameters = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, current in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(current)
+
+
+def check_moments(optimizer, state):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        sizes = [len(group["params"]) for group in state["param_groups"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        moments = [(numbers.index(number), values) for number, values in state["state"].items()]
+        kinds = {frozenset(values.keys()) for _, values in moments}
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
+        raise ValueError("the optimizer's state is damaged") from None
+    if len(kinds) > 1 and type(optimizer).__name__ in ("AdamW", "Adam", "SGD"):
+        raise ValueError("the optimizer's state is damaged: parameters have different moments")
+    if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ValueError("the optimizer has other parameter groups")
+    for number, values in moments:
+        for name, value in values.items():
+            wrong_shape = name in ("exp_avg", "exp_avg_sq", "momentum_buffer") and (
+                not torch.is_tensor(value) or value.shape != parameters[number].shape
+            )
+            not_finite = torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all()
+            is_step = torch.is_tensor(value) and value.numel() == 1 or type(value) in (int, float)
+            if wrong_shape or not_finite or name == "step" and not is_step:
+                raise ValueError(f"the optimizer's {name} of parameter {number} is damaged")

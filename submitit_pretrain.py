@@ -43,7 +43,9 @@ def parse_args(script, description):
     where = "local: in the background of this machine; debug: one process, in the foreground"
     add("--cluster", default="slurm", choices=clusters, help=where)
     parser.set_defaults(device="cuda")  # the machine that submits may have none
-    return parser.parse_args()
+    args = parser.parse_args()
+    here = {"debug": {"nodes": 1, "ngpus": 1}, "local": {"nodes": 1}}.get(args.cluster, {})
+    return args.replace(**{name: value for name, value in here.items() if name not in args.given})
 
 
 def check_args(script, args):

@@ -73,8 +73,7 @@ def run_main(main, args, name):
     except (UserError, TrainingError) as error:
         shutdown_workers()
         sys.stdout.flush()
-        if is_main_process():
-            print(f"{name}: error: {error}", file=sys.stderr)
+        report(name, error)
         leave_process_group()
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
@@ -86,6 +85,25 @@ def run_main(main, args, name):
             print(f"rank {get_rank()} of {get_world_size()}, on {socket.gethostname()}, failed:", file=sys.stderr)
         shutdown_workers()
         raise
+
+
+def report(name, error):
+    """Print an error in one line: on the main rank, and on another one if the main rank does not fail alike."""
+    place = ""
+    if dist.is_initialized():
+        STORE[0].set(f"error of rank {get_rank()}", str(error))
+    if not is_main_process():
+        if not dist.is_initialized():
+            return  # of the flags, which are the same on every rank
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            STORE[0].wait(["error of rank 0"], datetime.timedelta(seconds=5))
+            if STORE[0].get("error of rank 0").decode() == str(error):
+                return
+        place = f"rank {get_rank()}, on {socket.gethostname()}: "
+    print(f"{name}: error: {place}{error}", file=sys.stderr)
+
+
+STORE = []  # through which the ranks found each other
 
 
 def shutdown_workers():
@@ -158,6 +176,9 @@ def find_launcher(args):
         # a port that the steps of other jobs on the same machine do not take
         env.setdefault("MASTER_PORT", str(15000 + (64 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 15000))
         return *(int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID")), args.dist_url
+    if args.world_size > 1 or args.local_rank > 0:
+        flags = f"--world_size {args.world_size} --local_rank {args.local_rank}"
+        raise UserError(f"{flags}: no launcher started this process; use torchrun --nproc_per_node=N, srun or mpirun")
     return None
 
 
@@ -197,6 +218,7 @@ def init_distributed_mode(args):
     store, rank, world_size = next(dist.rendezvous(url, rank, world_size, timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = create_store(store, rank, timeout)
+    STORE[:] = [store]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return device
 

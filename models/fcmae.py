@@ -231,8 +231,13 @@ def from_checkpoint(checkpoint):
     missing = [name for name in ("proj.weight", "mask_token", "pred.weight") if name not in state]
     if missing:
         raise ValueError(f"no {', '.join(missing)}: must be an FCMAE with its decoder")
-    config = checkpoint.get("config") or infer_config(state, checkpoint.get("args"))
-    model = FCMAE(**config)
+    shapes, kept = infer_config(state, checkpoint.get("args")), ("img_size", "norm_pix_loss")
+    config = checkpoint.get("config", {}).items()
+    options = {name: value for name, value in config if name not in shapes or name in kept}
+    try:
+        model = FCMAE(**shapes | options)
+    except TypeError as error:
+        raise ValueError(f"config: {error}") from None
     load_weights(model, state)
     return model
 

@@ -172,6 +172,8 @@ def test_a_mistake_or_a_loss_that_is_not_finite_on_one_process_ends_all_with_one
     (status, out), (other_status, other_out) = end(first), end(second)
     assert status == other_status == 2 and "Traceback" not in out + other_out and "error" not in other_out
     assert f"error: rank 1, on {socket.gethostname()}: --data_path /nowhere" in out
+    _, (status, out) = [end(process) for process in start_two(runs.script, *flags, second=["--min_lr", 1])]
+    assert status == 2 and f"error: rank 1, on {socket.gethostname()}: --min_lr 1.0: must be at most" in out
     ends = [end(process) for process in start_two(runs.script, *flags, "--lr", 1e30, "--warmup_epochs", 0)]
     assert [status for status, _ in ends] == [1, 1]
     assert "in epoch 0, step" in ends[0][1] and "error" not in ends[1][1]

@@ -206,14 +206,28 @@ def test_reconstructions_show_visible_patches_as_they_are_and_gray_ones_for_the_
 def test_confusion_is_darker_for_a_larger_share_of_the_true_class():
     matrix = torch.tensor([[90, 10, 0], [1, 1, 0], [0, 0, 0]])
     pixels = np.asarray(draw_confusion(matrix, ["a", "b", "a very long name of a class"]).convert("L"))
-    margin, cell = 40 + 6 * 24, 48
-    assert pixels.shape == (margin + 3 * cell + 8,) * 2
+    cell = 48
+    margin = len(pixels) - 3 * cell - 8
+    assert pixels.shape[1] == len(pixels) and 100 < margin < 200  # room for 24 letters
     shades = pixels[margin + 2 :: cell, margin + 2 :: cell][:3, :3]  # beside the counts
     assert shades[0, 0] < shades[1, 0] == shades[1, 1] < shades[0, 1] < shades[0, 2] == shades[2, 2] == 255
     counts = pixels[margin : margin + 3 * cell, margin : margin + 3 * cell].reshape(3, cell, 3, cell)
     has_text = counts.max((1, 3)) != counts.min((1, 3))
     assert has_text.tolist() == (matrix > 0).tolist()
     assert (pixels[margin:, 20 : margin - 4] < 128).any() and (pixels[24 : margin - 4, margin:] < 128).any()  # names
+
+
+@pytest.mark.parametrize("names", [["кошка", "собака"], ["猫", "犬"], ["\U000e0001", "b"]])
+def test_confusion_draws_names_of_any_alphabet(names):
+    """By a font that has them, else as numbers: never as the box of a missing character."""
+    font = evaluation.find_font("".join(names))
+    if font is None:
+        expected = draw_confusion(torch.eye(2, dtype=torch.long), ["class 0", "class 1"])
+        assert draw_confusion(torch.eye(2, dtype=torch.long), names).tobytes() == expected.tobytes()
+    else:
+        missing = bytes(font.getmask("\U0010ffff"))
+        assert all(bytes(font.getmask(character)) != missing for character in "".join(names))
+    assert draw_confusion(torch.eye(2, dtype=torch.long), names).width > 100
 
 
 def test_confusion_of_many_classes_has_a_pixel_a_cell_and_no_names():

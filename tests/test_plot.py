@@ -36,7 +36,7 @@ def write_log(folder, entries):
 
 
 def draw(*folders):
-    return tools.plot.draw(tools.plot.read_runs(folders)[0])
+    return tools.plot.draw(*tools.plot.read_runs(folders)[:2])
 
 
 def curves(figure):
@@ -49,6 +49,15 @@ def curves(figure):
 
 def legends(figure):
     return [[text.get_text() for text in legend.get_texts()] for legend in figure.legends]
+
+
+def test_different_losses_have_axes_of_their_own(tmp_path):
+    pretrained, tuned, old = (write_log(tmp_path / name, pretraining()) for name in ("a", "b", "c"))
+    (pretrained / "args.json").write_text('{"mask_ratio": 0.6, "norm_pix_loss": true}')
+    (tuned / "args.json").write_text('{"loss": "ce"}')
+    assert list(curves(draw(pretrained, tuned, old))) == [
+        "loss", "loss (cross-entropy)", "loss (of normalized patches)", "learning rate"
+    ]  # fmt: skip
 
 
 def test_each_panel_shows_its_keys_by_epochs_done(tmp_path):

@@ -36,12 +36,16 @@ def save_figure(figure, output):
 
 
 def make_figure(panels):
-    """A matplotlib figure of 1 to 4 panels and the list of its axes in reading order."""
+    """A matplotlib figure of this many panels and the list of its axes in reading order."""
     from matplotlib.figure import Figure
 
-    rows, columns = (2, 2) if panels == 4 else (1, panels)
+    rows = 1 if panels < 4 else 2
+    columns = -(-panels // rows)
     figure = Figure((3 + 4 * columns, 1 + 3.2 * rows), dpi=120, layout="constrained")  # inches
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis in axes[panels:]:
+        axis.remove()
+    axes = axes[:panels]
     for axis in axes:
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)

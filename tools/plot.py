@@ -74,12 +74,27 @@ def read_log(path):
     return epochs
 
 
+def read_loss(folder):
+    """What a run minimizes, in words for its axis, as its args.json says."""
+    try:
+        args = json.loads((folder / "args.json").read_text())
+        if "mask_ratio" in args:
+            return "loss (of normalized patches)" if args["norm_pix_loss"] else "loss (of pixels)"
+        return {"ce": "loss (cross-entropy)", "bce": "loss (binary cross-entropy)"}.get(args["loss"], "loss")
+    except (OSError, ValueError, KeyError, TypeError):
+        return "loss"
+
+
 def read_runs(paths):
-    """{unique name: entries, see `read_log`} of folders or log files, each once, and the first one's folder."""
+    """{unique name: entries, see `read_log`} of folders or log files, each once, {name: loss}, the first one's folder.
+
+    Values of different losses do not compare, so each has an axis of its own.
+    """
     logs = [Path(os.path.abspath(os.path.join(path, "log.txt") if os.path.isdir(path) else path)) for path in paths]
     logs = list(dict.fromkeys(logs))
     names = shorten_paths([log.parent if log.name == "log.txt" else log for log in logs])
-    return dict(zip(names, map(read_log, logs), strict=True)), logs[0].parent
+    losses = [read_loss(log.parent) for log in logs]
+    return dict(zip(names, map(read_log, logs), strict=True)), dict(zip(names, losses, strict=True)), logs[0].parent
 
 
 def find_curves(runs, panel):
@@ -91,9 +106,20 @@ def find_curves(runs, panel):
     return curves
 
 
-def draw(runs):
+def find_panels(runs, losses):
+    """{label: curves} of the panels that have data."""
+    panels = {}
+    for label, panel in PANELS.items():
+        for loss in sorted(set(losses.values())) if label == "loss" else [None]:
+            of_loss = {name: runs[name] for name in runs if loss in (None, losses[name])}
+            if curves := find_curves(of_loss, panel):
+                panels[loss or label] = curves
+    return panels
+
+
+def draw(runs, losses):
     """A matplotlib figure of the panels that have data. Raises UserError if no run has a finite value."""
-    panels = {label: curves for label, panel in PANELS.items() if (curves := find_curves(runs, panel))}
+    panels = find_panels(runs, losses)
     if not panels:
         raise UserError(f"nothing to draw: no finite value of {', '.join(KEYS)}")
     figure, axes = make_figure(len(panels))
@@ -123,10 +149,10 @@ def format_last_values(name, epochs):
 
 
 def main(args):
-    runs, folder = read_runs(args.runs)
+    runs, losses, folder = read_runs(args.runs)
     output = args.output or folder / "curves.png"
     check_figure(output)
-    save_figure(draw(runs), output)
+    save_figure(draw(runs, losses), output)
     for name, epochs in runs.items():
         print(format_last_values(name, epochs))
     print(output)
