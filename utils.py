@@ -288,15 +288,15 @@ def main_rank_first(work):
 
 def to_device(model, device, triton=True):
     """The model on its device, with the kernels that every rank can run; on the CPU the process keeps freed memory."""
-    from models import depthwise
+    from models import triton_switch
 
     device = torch.device(device)
     if device.type == "cpu":
         keep_freed_memory()
     else:
-        reasons = all_gather(depthwise.triton_works(device) if triton else "--no-triton")
+        reasons = all_gather(triton_switch.triton_works(device) if triton else "--no-triton")
         reason = next(filter(None, reasons), None)
-        depthwise.use_triton(reason is None)  # the same kernels on every rank
+        triton_switch.use_triton(reason is None)  # the same kernels on every rank
         if triton and reason:
             log(f"Triton kernels are off, PyTorch's depthwise convolutions run instead: {reason}")
     return model.to(device)

@@ -21,12 +21,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from models import depthwise
+from models import triton_switch
 from models.convnextv2 import Block
 from models.convnextv2_sparse import SparseBlock
-from models.depthwise import depthwise_conv, sparse_depthwise_conv, triton_works, use_triton
+from models.depthwise import depthwise_conv, sparse_depthwise_conv
 from models.fcmae import FCMAE
 from models.sites import active_sites, patch_slots
+from models.triton_switch import triton_works, use_triton
 
 triton = pytest.importorskip("triton")
 from models import kernels  # noqa: E402, imports Triton
@@ -110,11 +111,11 @@ def as_module(weight, bias):
 
 
 def dense(x, weight, bias):
-    return depthwise_conv(x, as_module(weight, bias))
+    return depthwise_conv(x, as_module(weight, bias))[0]
 
 
 def packed(x, weight, bias, sites):
-    return sparse_depthwise_conv(x, as_module(weight, bias), sites)
+    return sparse_depthwise_conv(x, as_module(weight, bias), sites)[0]
 
 
 def random_inputs(*shape, dtype=torch.float64):
@@ -242,10 +243,10 @@ def operators(packed):
     visible = torch.tensor([[0, 3], [1, 2]], device=DEVICE)
     tables = [visible.int(), patch_slots(visible, (2, 2))] if packed else [None, None]
     x, grad = torch.randn(2, *((2, 8, 3) if packed else (2, 3, 2, 3)), dtype=torch.float64, device=DEVICE)
-    taps, bias = torch.randn(49, 3).to(x), torch.randn(3).to(x)
-    for tensor in (x, grad, taps, bias):
+    taps, bias, added = torch.randn(49, 3).to(x), torch.randn(3).to(x), torch.randn_like(x)
+    for tensor in (x, grad, taps, bias, added):
         tensor.requires_grad_()
-    return (kernels._conv, (x, taps, bias, *tables)), (kernels._weight_grad, (x, grad, *tables))
+    return (kernels._conv, (x, taps, bias, added, *tables)), (kernels._weight_grad, (x, grad, *tables))
 
 
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -293,7 +294,7 @@ class Failing:
 @pytest.fixture
 def nothing_tried():
     """As at the start of a process: nothing is known of any device."""
-    caches = depthwise.triton_works, depthwise._try_and_warn
+    caches = triton_switch.triton_works, triton_switch._try_and_warn
     for cache in caches:
         cache.cache_clear()
     yield
@@ -304,7 +305,7 @@ def nothing_tried():
 @needs_kernels
 def test_kernels_run_by_default_where_they_work(nothing_tried, monkeypatch):
     calls = []
-    monkeypatch.setattr(kernels, "depthwise_conv", lambda *inputs: calls.append(1) or dense_reference(*inputs))
+    monkeypatch.setattr(kernels, "depthwise_conv", lambda x, *_: calls.append(1) or (x, x))
     use_triton(None)
     assert triton_works(DEVICE) is None
     dense(*random_inputs(2, 8, 4, 4))
@@ -316,7 +317,7 @@ def test_kernels_that_fail_are_given_up_once_for_the_process(nothing_tried, monk
     use_triton(None)
     monkeypatch.setattr(kernels, "_weight_grad_kernel", Failing(RuntimeError("no such GPU")))
     inputs = random_inputs(2, 8, 4, 4)
-    with pytest.warns(UserWarning, match="run in PyTorch, not in Triton kernels: RuntimeError: no such GPU") as warned:
+    with pytest.warns(UserWarning, match="Triton kernels are off, plain PyTorch runs instead: RuntimeError: no such GPU") as warned:
         results = outputs_and_grads(dense, *inputs)
         outputs_and_grads(dense, *inputs)
     assert len(warned) == 1
@@ -444,8 +445,8 @@ def test_models_do_without_triton():
         import sys
         sys.modules["triton"] = None  # its import fails
         import torch
-        from models import depthwise, fcmae
-        depthwise.use_triton(True)
+        from models import triton_switch, fcmae
+        triton_switch.use_triton(True)
         fcmae.FCMAE(32, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))(torch.zeros(1, 3, 64, 64))
         assert "models.kernels" not in sys.modules
     """

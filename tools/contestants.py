@@ -20,7 +20,7 @@ import torch
 
 from models import convnextv2, fcmae
 from models.convnextv2_sparse import split_patches
-from models.depthwise import use_triton
+from models.triton_switch import use_triton
 from tools.dense_masked import DenseMasked
 from utils import keep_freed_memory, name_in_errors
 
