@@ -153,7 +153,7 @@ class ConvNeXtV2(Network):
 
     def forward_features(self, x):
         """(N, in_chans, H, W) -> pooled, normalized features (N, C)."""
-        return self.norm(self.forward_trunk(x).mean((2, 3)))
+        return self.norm(self.forward_trunk(x).permute(0, 2, 3, 1).mean((1, 2)))  # so is its gradient channels last
 
     def forward(self, x, window=None):
         """(N, in_chans, H, W) -> logits (N, num_classes).

@@ -33,6 +33,7 @@ SIDE = tl.constexpr(7)  # of the convolution's kernel
 HALO = tl.constexpr(3)
 
 # A program has a block of tiles x channels, 4 x 64 or 8 x 32, two elements a thread: 49 taps then take 98 registers.
+# Dense maps, whose borders take registers too, and types of four bytes have one element a thread: more would spill.
 BLOCK = 256
 NUM_WARPS = 4
 # Programs to start, so that an H100 is filled four and two times: by their registers, three or two run at once on each
@@ -199,6 +200,7 @@ def _weight_grad_kernel(
 
 # ---- Operators: a reference in plain PyTorch for any device, replaced by the kernel where Triton runs
 
+
 def _plan(x, visible, slots, programs):
     """How to cut x into about so many programs: the grid, chunks of tiles x blocks of channels, and the sizes."""
     if slots is None:
@@ -213,7 +215,8 @@ def _plan(x, visible, slots, programs):
         height, width = (side * k for side in slots.shape[1:])
         num_tiles = n * rows // tile**2
     block = 32 if 0 < channels % 64 <= 32 else 64  # 64 load better, unless half of the last block would be idle
-    blocks, tiles = math.ceil(channels / block), BLOCK // block
+    elements = BLOCK // 2 if slots is None or x.element_size() > 2 else BLOCK
+    blocks, tiles = math.ceil(channels / block), elements // block
     tiles_per_program = tiles * math.ceil(num_tiles * blocks / (tiles * programs))
     sizes = dict(num_tiles=num_tiles, tiles_per_program=tiles_per_program)
     sizes |= dict(num_visible=num_visible, height=height, width=width)
@@ -336,7 +339,9 @@ def _weight_grad_setup(ctx, inputs, output):
 
 def _weight_grad_backward(ctx, grad_taps, grad_bias):
     x, grad, *tables = ctx.saved_tensors
-    of_x = _conv(grad, grad_taps.flip(0), torch.zeros_like(grad_bias), None, *tables) if ctx.needs_input_grad[0] else None
+    of_x = (
+        _conv(grad, grad_taps.flip(0), torch.zeros_like(grad_bias), None, *tables) if ctx.needs_input_grad[0] else None
+    )
     of_grad = _conv(x, grad_taps, grad_bias, None, *tables) if ctx.needs_input_grad[1] else None
     return of_x, of_grad, None, None
 

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from .triton_switch import TRITON_DEVICES
 
+# What changes with the batch and the images: no reason to compile again
+BATCH_SIZES = ["num_tiles", "tiles_per_program", "num_visible", "height", "width", "sites"]
 _recorded = None  # launches, while `record_launches`
 
 
@@ -74,12 +76,10 @@ def find_variants(model, imgs_shape, dtype=None):
     for kernel, tensors, sizes in launches:
         dtypes = tuple(x if x is None else x.dtype for x in tensors)
         constants = {name: value for name, value in sizes.items() if name not in BATCH_SIZES}
+        if "channels" in constants:  # Triton asks of a number only whether it is a multiple of 16
+            constants["channels"] %= 16
         variants[kernel.__name__, dtypes, tuple(constants.items())] = kernel, dtypes, sizes
     return variants
-
-
-# What changes with the batch and the images: no reason to compile again
-BATCH_SIZES = ["num_tiles", "tiles_per_program", "num_visible", "height", "width", "sites"]
 
 
 def compile_variants(variants, threads=None):

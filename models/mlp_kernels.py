@@ -55,15 +55,13 @@ def _tile(image, first, end, channel, sites, channels, SITES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["sites"])
-def _gelu_norm_kernel(
-    h, a, partial, sites, channels, SITES: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr
-):
+def _gelu_norm_kernel(h, a, partial, sites, channels, SITES: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
     """partial (N * chunks, 4C): the sums of GELU(h)^2. a: GELU(h), or None."""
     image, begin, end, channel, at_sums = _place(sites, channels, CHUNK, CHANNELS)
     total = tl.zeros((SITES, CHANNELS), partial.dtype.element_ty)
     for first in range(begin, end, SITES):
         at, present = _tile(image, first, end, channel, sites, channels, SITES)
-        value, _ = _gelu(tl.load(h + at, mask=present, other=0).to(total.dtype))
+        value, slope = _gelu(tl.load(h + at, mask=present, other=0).to(total.dtype))
         total += value * value
         if a is not None:
             tl.store(a + at, value.to(a.dtype.element_ty), mask=present)
@@ -71,15 +69,13 @@ def _gelu_norm_kernel(
 
 
 @triton.jit(do_not_specialize=["sites"])
-def _scaled_gelu_kernel(
-    h, scale, y, sites, channels, SITES: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr
-):
+def _scaled_gelu_kernel(h, scale, y, sites, channels, SITES: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr):
     """y = scale * GELU(h)."""
-    image, begin, end, channel, _ = _place(sites, channels, CHUNK, CHANNELS)
+    image, begin, end, channel, at_sums = _place(sites, channels, CHUNK, CHANNELS)
     factor = tl.load(scale + image * channels + channel, mask=channel < channels, other=0)[None, :]
     for first in range(begin, end, SITES):
         at, present = _tile(image, first, end, channel, sites, channels, SITES)
-        value, _ = _gelu(tl.load(h + at, mask=present, other=0).to(factor.dtype))
+        value, slope = _gelu(tl.load(h + at, mask=present, other=0).to(factor.dtype))
         tl.store(y + at, (value * factor).to(y.dtype.element_ty), mask=present)
 
 
@@ -92,7 +88,7 @@ def _gelu_dot_kernel(
     total = tl.zeros((SITES, CHANNELS), partial.dtype.element_ty)
     for first in range(begin, end, SITES):
         at, present = _tile(image, first, end, channel, sites, channels, SITES)
-        value, _ = _gelu(tl.load(h + at, mask=present, other=0).to(total.dtype))
+        value, slope = _gelu(tl.load(h + at, mask=present, other=0).to(total.dtype))
         total += value * tl.load(grad + at, mask=present, other=0).to(total.dtype)
     tl.store(partial + at_sums, tl.sum(total, axis=0), mask=channel < channels)
 

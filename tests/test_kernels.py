@@ -21,7 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from models import triton_switch
+from models import mlp, triton_switch
 from models.convnextv2 import Block
 from models.convnextv2_sparse import SparseBlock
 from models.depthwise import depthwise_conv, sparse_depthwise_conv
@@ -30,7 +30,7 @@ from models.sites import active_sites, patch_slots
 from models.triton_switch import triton_works, use_triton
 
 triton = pytest.importorskip("triton")
-from models import kernels  # noqa: E402, imports Triton
+from models import kernels, mlp_kernels  # noqa: E402, imports Triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -48,6 +48,8 @@ def switch_and_blocks(monkeypatch):
     """The switch is off before each test, automatic after it. Larger blocks are fewer: the interpreter is faster."""
     if INTERPRETED:
         monkeypatch.setattr(kernels, "BLOCK", 2048)
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", False)  # the reference is of float32
     use_triton(False)
     yield
     use_triton(None)
@@ -235,6 +237,58 @@ def test_autocast_sets_the_type_of_the_result_and_leaves_the_weight_gradient_flo
     assert_close([y, *grads], expected, 2**-6)
 
 
+# ---- The passes of the MLP
+
+
+def random_passes(n, sites, channels, dtype):
+    """h and a gradient (N, S, 4C) of the dtype, scale and factor (N, 1, 4C) of the dtype of sums."""
+    h, grad = torch.randn(2, n, sites, channels, dtype=torch.float64).to(DEVICE, dtype)
+    scale, factor = torch.randn(2, n, 1, channels, dtype=torch.float64).to(DEVICE, mlp.sum_type(h))
+    return h, grad, scale, factor
+
+
+def passes_by_definition(h, grad, scale, factor):
+    """Norm, y, dot and the gradients of h with and without a scale, by PyTorch's derivative of GELU."""
+    h.requires_grad_()
+    a = F.gelu(h)
+    results = [a.norm(dim=1, keepdim=True), scale * a, (grad * a).sum(1, keepdim=True)]
+    for grad_a in (scale * grad + factor * a, grad + factor * a):
+        (grad_h,) = torch.autograd.grad(a, h, grad_a.detach(), retain_graph=True)
+        results += [grad_h, grad_h.sum((0, 1))]
+    return [a, *results]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("n", "sites", "channels", "dtype"),
+    [
+        (2, 1, 1, torch.float64),
+        (2, 33, 65, torch.float64),
+        (1, 600, 16, torch.float64),  # three programs an image
+        (2, 40, 80, torch.float32),
+        (2, 40, 80, torch.float16),
+        (2, 40, 80, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_passes_of_the_mlp(n, sites, channels, dtype):
+    h, grad, scale, factor = random_passes(n, sites, channels, dtype)
+    a, norm = mlp_kernels.gelu_norm(h, True)
+    results = [a, norm, mlp_kernels.scaled_gelu(h, None, scale), mlp_kernels.gelu_dot(h, None, grad)]
+    for choice in (scale, None):
+        results += mlp_kernels.gelu_grad(h, None, grad, choice, factor)
+    assert {x.dtype for x in results} == {dtype, mlp.sum_type(h)}
+    assert mlp_kernels.gelu_norm(h, False)[0].numel() == 0
+    expected = passes_by_definition(*(x.double() for x in (h, grad, scale, factor)))
+    assert_close(results, [x.detach() for x in expected], TOLERANCE[dtype])
+
+
+@needs_kernels
+def test_passes_of_an_empty_batch():
+    h, grad, scale, factor = random_passes(0, 4, 8, torch.float32)
+    assert mlp_kernels.gelu_grad(h, None, grad, scale, factor)[0].shape == (0, 4, 8)
+
+
 # ---- They are operators of PyTorch
 
 
@@ -317,7 +371,9 @@ def test_kernels_that_fail_are_given_up_once_for_the_process(nothing_tried, monk
     use_triton(None)
     monkeypatch.setattr(kernels, "_weight_grad_kernel", Failing(RuntimeError("no such GPU")))
     inputs = random_inputs(2, 8, 4, 4)
-    with pytest.warns(UserWarning, match="Triton kernels are off, plain PyTorch runs instead: RuntimeError: no such GPU") as warned:
+    with pytest.warns(
+        UserWarning, match="Triton kernels are off, plain PyTorch runs instead: RuntimeError: no such GPU"
+    ) as warned:
         results = outputs_and_grads(dense, *inputs)
         outputs_and_grads(dense, *inputs)
     assert len(warned) == 1
@@ -420,15 +476,28 @@ def test_block_is_that_of_plain_pytorch(block):
 def test_kernels_are_for_7x7_on_cuda(nothing_tried, monkeypatch):
     with FakeTensorMode():
         cpu, cuda = (torch.empty(1, 8, 4, 4, device=device) for device in ("cpu", "cuda"))
-    weight = torch.empty(8, 1, 7, 7)
-    assert not depthwise.runs_in_triton(cuda, weight)
-    use_triton(True)
-    assert depthwise.runs_in_triton(cuda, weight)
-    assert not depthwise.runs_in_triton(cuda, weight[..., :5, :5]) and not depthwise.runs_in_triton(cpu, weight)
+        assert not triton_switch.runs_in_triton(cuda)
+        use_triton(True)
+        assert triton_switch.runs_in_triton(cuda) and not triton_switch.runs_in_triton(cpu)
+        with torch.device("cuda"):
+            conv = torch.nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        monkeypatch.setattr(kernels, "depthwise_conv", lambda *_: pytest.fail("a kernel for 5x5"))
+        depthwise_conv(cuda, conv)
     use_triton(None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert not depthwise.runs_in_triton(cuda, weight)
+        assert not triton_switch.runs_in_triton(cuda)
+
+
+@on_the_host
+def test_what_is_missing_is_named(nothing_tried, monkeypatch):
+    """Where the trial fails, of a likely reason its remedy is told; else the error."""
+    monkeypatch.setattr(kernels, "calls", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in triton_works("cuda:7")
+    triton_works.cache_clear()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert triton_works("cuda:7") == "no C compiler (install gcc, or set CC)"
 
 
 @on_the_host
@@ -451,23 +520,3 @@ def test_models_do_without_triton():
         assert "models.kernels" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=Path(__file__).parents[1])
-
-
-@on_the_host
-@pytest.mark.parametrize("kernel", ["_conv_kernel", "_weight_grad_kernel"])
-def test_kernels_compile_for_hopper_and_keep_their_sums_in_registers(kernel, tmp_path, monkeypatch):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(kernels, kernel)
-    constants = dict(C=80, K=1, T=1, TILES=4, CHANNELS=64)
-    types = dict.fromkeys(("x", "out", "grad"), "*bf16") | dict.fromkeys(("taps", "bias", "partial"), "*fp32")
-    types |= dict.fromkeys(("visible", "slots"), "*i32") | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.NUM_WARPS})
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", binary], check=True, capture_output=True, text=True).stdout
-    assert "STACK:0" in usage and "LOCAL:0" in usage

@@ -21,8 +21,8 @@ from models import utils
 from models.convnextv2 import Block, ConvNeXtV2, convnextv2_atto
 from models.convnextv2_sparse import SparseConvNeXtV2
 from models.fcmae import FCMAE
-from models.sites import pack, unpack
 from models.mlp import can_fuse
+from models.sites import pack, unpack
 from models.utils import GRN, LayerNorm, Stage
 
 pytestmark = [
