@@ -43,7 +43,7 @@ def depthwise_conv(x, conv):
 
 
 def sparse_depthwise_conv(x, conv, sites):
-    """Submanifold sparse convolution, as if x were zero at the sites that are masked: packed rows (N, S, C) -> the same.
+    """Submanifold sparse convolution, packed rows (N, S, C) -> the same, as if x were zero at masked sites.
 
     Returns x too, as `depthwise_conv`. Where conv is not plain or not of the block's configuration, it is called on the
     canvas (N, C, H, W).

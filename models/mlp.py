@@ -64,8 +64,7 @@ class _MLP(torch.autograd.Function):
         x, *parameters = saved[:9]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient is itself differentiated
             return differentiable_gradients(ctx, grad, x, parameters)
-        with without_autocast(x):
-            grads = _MLP.compute_gradients(grad, x, *parameters, *saved[9:])
+        grads = _MLP.compute_gradients(grad, x, *parameters, *saved[9:])
         return grads[0], None, *(grad.to(p.dtype) for grad, p in zip(grads[1:], parameters, strict=True))
 
     @staticmethod
@@ -88,7 +87,7 @@ class _MLP(torch.autograd.Function):
             grad_a = grad @ low2  # but for the scale
             grad_scale = passes.gelu_dot(h, a, grad_a)
         grad_weight2 = torch.addcmul(grad_weight2, grad_bias2[:, None], beta)
-        grad_beta = grad_bias2 @ weight2.to(norm.dtype)
+        grad_beta = sum_rows(weight2, grad_bias2)
         # y = scale a
         grad_n = grad_scale * gamma
         grad_norm = (grad_n - (grad_n * n).mean(-1, keepdim=True)) / mean
@@ -99,7 +98,7 @@ class _MLP(torch.autograd.Function):
         products = (grad_h.flatten(0, 1).t() @ z.flatten(0, 1)).to(norm.dtype)  # (4C, C)
         grad_weight1 = torch.addcmul(products * norm_weight, grad_bias1[:, None], norm_bias)
         grad_norm_weight = (products * weight1).sum(0)
-        grad_norm_bias = grad_bias1 @ weight1.to(norm.dtype)
+        grad_norm_bias = sum_rows(weight1, grad_bias1)
         no_affine = [True, False, False]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_h @ low1, x, x.shape[-1:], x_mean, x_rstd, None, None, no_affine
@@ -109,6 +108,11 @@ class _MLP(torch.autograd.Function):
             grad_x, grad_norm_weight, grad_norm_bias, grad_weight1, grad_bias1, grad_gamma, grad_beta,
             grad_weight2, grad_bias2,
         )  # fmt: skip
+
+
+def sum_rows(weight, factors):
+    """factors (M,) @ weight (M, K), not as a matrix product, which autocast would round where the step is compiled."""
+    return (weight * factors[:, None]).sum(0)
 
 
 def differentiable_gradients(ctx, grad, x, parameters):

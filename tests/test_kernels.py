@@ -48,8 +48,7 @@ def switch_and_blocks(monkeypatch):
     """The switch is off before each test, automatic after it. Larger blocks are fewer: the interpreter is faster."""
     if INTERPRETED:
         monkeypatch.setattr(kernels, "BLOCK", 2048)
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", False)  # the reference is of float32
+    torch.backends.cudnn.allow_tf32 = False  # the reference is of float32
     use_triton(False)
     yield
     use_triton(None)

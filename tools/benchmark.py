@@ -8,10 +8,11 @@
     python -m tools.benchmark --json > benchmark.json      # the same figures and every single time
 
 The contestants are described in tools/contestants.py and tools/loaders.py. A round times one step of each in turn; the
-first two rounds do not count. The settings are those of a training (float32 on CUDA is TF32). "x packed", "x dense": time divided by packed's or dense's in the
-same round, median over rounds; 2.00 takes twice as long. "x original": 2.00 delivers twice as many images. The floor is
-visible / total patches. Peak memory is that of the third step in a fresh process: on CUDA of all tensors, on the CPU
-(Linux) the rise of the resident memory during the step, without weights and optimizer state.
+first two rounds do not count. Settings are those of a training: float32 on CUDA is TF32. "x packed", "x dense": time
+divided by packed's or dense's in the same round, median over rounds; 2.00 takes twice as long. "x original": 2.00
+delivers twice as many images. The floor is visible / total patches. Peak memory is that of the third step in a fresh
+process: on CUDA of all tensors, on the CPU (Linux) the rise of the resident memory during the step, without weights and
+optimizer state.
 """
 
 import ctypes

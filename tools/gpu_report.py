@@ -1,7 +1,7 @@
 """The whole truth about one GPU, in ten minutes, as JSON and a table; needs torch, and little else.
 
     python -m tools.gpu_report --output report           # most valuable first, until --budget seconds are spent
-    python -m tools.gpu_report --output report --dry     # the same in small on a CPU: does it run? its times mean nothing
+    python -m tools.gpu_report --output report --dry     # the same in small on a CPU, whose times mean nothing
 
 Each check is a process of its own with a time limit: one that raises, hangs or dies is reported as such, and the others
 go on. FOLDER/report.json is rewritten, whole, after each; FOLDER/report.md is its table; NAME.log holds what a check
@@ -358,8 +358,9 @@ CHECKS = {  # seconds at most
 def run_here(check, args, path):
     """In a process of its own: the check's result, or its error, to a file; what it prints to a log."""
     os.setsid()  # so that whatever it starts can be ended with it
-    log = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1), os.dup2(log, 2)
+    sys.stdout = sys.stderr = open(path.with_suffix(".log"), "w", buffering=1)
+    for number in (1, 2):  # what it starts writes there too
+        os.dup2(sys.stdout.fileno(), number)
     if args.dry:
         torch.set_num_threads(1)
     else:
@@ -416,11 +417,13 @@ def as_table(report):
     return "\n".join(lines) + "\n"
 
 
-def draw_verdicts(checks):
+def draw_verdicts(checks, dry):
     """What the results mean, in lines; only of checks that gave one."""
     results = {name: outcome["result"] for name, outcome in checks.items() if outcome["status"] == "ok"}
     lines = [f"{name}: {o['status']}, {o.get('error', '')}" for name, o in checks.items() if o["status"] != "ok"]
     speed = {name.removeprefix("base_"): r["images_per_s"] for name, r in results.items() if name.startswith("base_")}
+    if dry:
+        speed = {}  # of a CPU
     if "compiled" in speed:
         lines.append(f"{GOAL:,} img/s: {'yes' if speed['compiled'] >= GOAL else 'no'}, {speed['compiled']:,.0f}")
     if "compiled" in speed and "ceilings" in results:
@@ -466,7 +469,7 @@ def main(args):
         else:
             outcome = run_check(check, args, min(limit, left))
         report["checks"][check.__name__] = outcome
-        report["verdicts"] = draw_verdicts(report["checks"])
+        report["verdicts"] = draw_verdicts(report["checks"], args.dry)
         write_report(report, folder)
         print(f"{check.__name__}: {outcome['status']}, {outcome['seconds']} s", flush=True)
     print(*report["verdicts"], f"{folder / 'report.json'} has all of it", sep="\n")
