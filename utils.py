@@ -201,10 +201,12 @@ def init_distributed_mode(args):
     Returns the device of this process.
     """
     launcher = find_launcher(args)
-    if launcher is None:
-        return torch.device(args.device)
-    rank, world_size, local_rank, url = launcher
     device, backend = torch.device(args.device), "gloo"
+    if launcher is None:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # also what the memory is reported of
+        return device
+    rank, world_size, local_rank, url = launcher
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # tensors on the CPU are exchanged without waiting for the GPU
         gpus = torch.cuda.device_count()
@@ -323,19 +325,30 @@ def main_rank_first(work):
 
 
 def to_device(model, device, triton=True):
-    """The model on its device, with the kernels that every rank can run; on the CPU the process keeps freed memory."""
-    from models import depthwise
+    """The model on its device, with the settings and kernels of every training there, the same on every rank."""
+    from models import triton_switch
 
     device = torch.device(device)
     if device.type == "cpu":
         keep_freed_memory()
     else:
-        reasons = all_gather(depthwise.triton_works(device) if triton else "--no-triton")
+        configure_cuda()
+        reasons = all_gather(triton_switch.triton_works(device) if triton else "--no-triton")
         reason = next(filter(None, reasons), None)
-        depthwise.use_triton(reason is None)  # the same kernels on every rank
+        triton_switch.use_triton(reason is None)
         if triton and reason:
-            log(f"Triton kernels are off, PyTorch's depthwise convolutions run instead: {reason}")
+            log(f"Triton kernels are off, plain PyTorch runs instead, with many times their traffic: {reason}")
     return model.to(device)
+
+
+def configure_cuda():
+    """TF32 for float32, which is 10 times as fast as without; and the same algorithms in every run.
+
+    cuDNN, which computes few layers here, is asked for deterministic ones, and not to choose by timing: a run that is
+    resumed could choose others.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
 
 
 def keep_freed_memory():
@@ -354,9 +367,26 @@ def keep_freed_memory():
 def prepare_training(model, args):
     """The model as it is trained: with --grad_checkpointing, --compile, and gradients averaged over the ranks."""
     model.set_grad_checkpointing(args.grad_checkpointing)
-    if args.compile:
-        model = torch.compile(model)
-    return torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    main_rank_first(lambda: compile_kernels(model, args))
+    if dist.is_initialized():
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Around DDP, so that it cuts its graph at the buckets: gradients are then averaged while others are computed
+    return torch.compile(model) if args.compile else model
+
+
+def compile_kernels(model, args):
+    """Compile the Triton kernels of a training step side by side; the first step would do it one after the other."""
+    from models import triton_switch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        if not args.use_amp:
+            log("float32 with TF32; --use_amp true (bfloat16) moves half the bytes at up to twice the speed")
+        if triton_switch.runs_in_triton(torch.empty(0, device=device)):
+            from models.launch import compile_variants, find_variants
+
+            dtype = getattr(torch, args.amp_dtype) if args.use_amp else None
+            compile_variants(find_variants(model, (2, args.in_chans, *args.input_size), dtype))
 
 
 def autocast(args, device):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .depthwise import depthwise_conv
-from .utils import GRN, LayerNorm, Stage, can_fuse, channels_last, fused_grn_linear, init_weights, names_without_decay
+from .mlp import can_fuse, fused_mlp
+from .utils import GRN, LayerNorm, Stage, channels_last, init_weights, names_without_decay
 from .weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
 
 # Appendix A of the paper: blocks and channels of the four stages
@@ -45,13 +46,12 @@ class Block(nn.Module):
 
     def mlp(self, x):
         """All that follows the depthwise convolution, site by site but for GRN: (N, ..., C) -> (N, ..., C)."""
-        x = self.act(self.pwconv1(self.norm(x)))
-        if can_fuse(x, self.grn, self.pwconv2):
-            return fused_grn_linear(x, self.grn, self.pwconv2)
-        return self.pwconv2(self.grn(x))
+        if can_fuse(x, self.norm, self.pwconv1, self.act, self.grn, self.pwconv2):
+            return fused_mlp(x, self.norm, self.pwconv1, self.grn, self.pwconv2)
+        return self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(x)))))
 
     def forward(self, x):
-        y = depthwise_conv(x, self.dwconv)
+        y, x = depthwise_conv(x, self.dwconv)
         y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return x + self.drop_path(y)
 
@@ -153,7 +153,7 @@ class ConvNeXtV2(Network):
 
     def forward_features(self, x):
         """(N, in_chans, H, W) -> pooled, normalized features (N, C)."""
-        return self.norm(self.forward_trunk(x).mean((2, 3)))
+        return self.norm(self.forward_trunk(x).permute(0, 2, 3, 1).mean((1, 2)))  # so is its gradient channels last
 
     def forward(self, x, window=None):
         """(N, in_chans, H, W) -> logits (N, num_classes).

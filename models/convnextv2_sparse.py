@@ -33,7 +33,8 @@ class SparseBlock(Block):
     """`Block` on packed rows: (N, S, C) -> (N, S, C)."""
 
     def forward(self, x, sites):
-        return x + self.drop_path(self.mlp(sparse_depthwise_conv(x, self.dwconv, sites)))
+        y, x = sparse_depthwise_conv(x, self.dwconv, sites)
+        return x + self.drop_path(self.mlp(y))
 
 
 def squares_to_channels(imgs, side):
@@ -108,7 +109,7 @@ class SparseConvNeXtV2(Network):
 def norm_rows(norm, x):
     """Call norm, a layer for maps with channels first, on packed rows (N, S, C)."""
     if is_plain(norm, LayerNorm, x):  # without views, into whose gradients autograd does not add in place
-        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
     return map_as_rows(norm(rows_as_map(x)))
 
 

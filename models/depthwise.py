@@ -4,17 +4,12 @@
 (see `is_plain`) and of the block's configuration; anything else put in its place is called as the module it is.
 """
 
-import functools
-import importlib.util
-import os
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .sites import pack, unpack, unpack_by_gathering
+from .triton_switch import runs_in_triton
 from .utils import is_plain
 
 
@@ -32,30 +27,35 @@ def is_depthwise(conv, x):
 
 
 def depthwise_conv(x, conv):
-    """conv(x) of (N, C, H, W), which should lie in memory channels last."""
+    """conv(x) of (N, C, H, W), which should lie in memory channels last; and x, for a shortcut around the layer.
+
+    Use that x: where the convolution runs in Triton, one kernel then computes and adds both its gradients.
+    """
     if is_depthwise(conv, x):
-        if runs_in_triton(x, conv.weight):
+        if conv.kernel_size == (7, 7) and runs_in_triton(x):
             from . import kernels  # imports Triton
 
-            return kernels.depthwise_conv(x, conv.weight, conv.bias)
+            y, x = kernels.depthwise_conv(x.permute(0, 2, 3, 1), conv.weight, conv.bias)
+            return y.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
         if x.device.type == "cpu":
-            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), None)
-    return conv(x)
+            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), None), x
+    return conv(x), x
 
 
 def sparse_depthwise_conv(x, conv, sites):
-    """Submanifold sparse convolution: packed rows (N, S, C) -> packed rows, as if zero at the sites that are masked.
+    """Submanifold sparse convolution, packed rows (N, S, C) -> the same, as if x were zero at masked sites.
 
-    Where conv is not plain or not of the block's configuration, it is called on the canvas (N, C, H, W).
+    Returns x too, as `depthwise_conv`. Where conv is not plain or not of the block's configuration, it is called on the
+    canvas (N, C, H, W).
     """
     if is_depthwise(conv, x):
-        if runs_in_triton(x, conv.weight):
+        if conv.kernel_size == (7, 7) and runs_in_triton(x):
             from . import kernels  # imports Triton
 
-            return kernels.sparse_depthwise_conv(x, conv.weight, conv.bias, sites.visible, sites.slots)
+            return kernels.depthwise_conv(x, conv.weight, conv.bias, sites.visible, sites.slots)
         if x.device.type == "cpu":
-            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), sites)
-    return pack(conv(unpack(x, sites)), sites)
+            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), sites), x
+    return pack(conv(unpack(x, sites)), sites), x
 
 
 def cast_as_autocast(*tensors):
@@ -126,64 +126,3 @@ class _DepthwiseConvCPU(torch.autograd.Function):
             x, grad = (unpack_by_gathering(rows, sites, space_first=True) for rows in (x, grad))
         grad_weight = _folded_weight_grad(x, grad, weight) if weight_needed else None
         return grad_x, grad_weight, grad_bias, None
-
-
-# ---- In Triton
-
-# Under Triton's interpreter the kernels run on the CPU too, slowly: for tests
-TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-_enabled = None
-
-
-def use_triton(enabled):
-    """Whether depthwise convolutions on CUDA run in the kernels of `models.kernels`.
-
-    None, the default: if they work there, which is tried at the first convolution. True does not try.
-    """
-    global _enabled
-    _enabled = enabled
-
-
-def runs_in_triton(x, weight):
-    """Whether the convolution of x with weight (C, 1, K, K) is to run in the kernels of `models.kernels`."""
-    if x.device.type not in TRITON_DEVICES or weight.shape[-1] != 7:
-        return False
-    return _decide(x.device) if _enabled is None else _enabled
-
-
-@functools.cache
-def _try_and_warn(device):
-    reason = triton_works(device)
-    if reason:
-        warnings.warn(f"depthwise convolutions run in PyTorch, not in Triton kernels: {reason}", stacklevel=2)
-    return reason is None
-
-
-def _decide(device):
-    return _try_and_warn(device)
-
-
-# torch.compile must not trace the attempt. `torch.compiler.assume_constant_result` does just this, but only after
-# importing all of torch._dynamo, which takes a second.
-_decide._dynamo_marked_constant = True
-
-
-@functools.cache
-def triton_works(device):
-    """None if the Triton kernels work on a device, which is tried on a small input; else the reason why not.
-
-    Processes that train together compare their answers and then call `use_triton` alike. Raises OutOfMemoryError, which
-    is no reason.
-    """
-    if not importlib.util.find_spec("triton"):
-        return "Triton is not installed"
-    try:
-        from . import kernels
-
-        with unset_fake_temporarily():  # in case the first use is under torch.compile or a FakeTensorMode
-            kernels.try_on(device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None

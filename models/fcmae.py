@@ -139,7 +139,10 @@ class FCMAE(nn.Module):
 
     def decode(self, latent, mask):
         """Latent (N, C, h, w) and mask (N, L) -> the decoder's features (N, D, h, w)."""
-        x = self.proj(latent)
+        if is_patch_conv(self.proj, latent):  # a matrix product, also where cuDNN would choose another order of sums
+            x = F.linear(latent.permute(0, 2, 3, 1), self.proj.weight.flatten(1), self.proj.bias).permute(0, 3, 1, 2)
+        else:
+            x = self.proj(latent)
         masked = mask.view(len(x), 1, *x.shape[2:]).to(x.dtype)
         x = x * (1 - masked) + self.mask_token * masked
         return self.decoder(x.contiguous(memory_format=torch.channels_last))

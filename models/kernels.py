@@ -25,24 +25,21 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.utils._pytree import tree_leaves
 
+from .launch import BATCH_SIZES, define_operator, launch
 from .sites import active_sites, pack, patch_slots, unpack
 
 SIDE = tl.constexpr(7)  # of the convolution's kernel
 HALO = tl.constexpr(3)
 
 # A program has a block of tiles x channels, 4 x 64 or 8 x 32, two elements a thread: 49 taps then take 98 registers.
+# Dense maps, whose borders take registers too, and types of four bytes have one element a thread: more would spill.
 BLOCK = 256
 NUM_WARPS = 4
 # Programs to start, so that an H100 is filled four and two times: by their registers, three or two run at once on each
 # of its 132 multiprocessors. Constants, not asked of the device, so that sums are split alike everywhere.
 CONV_PROGRAMS = 4 * 3 * 132
 WEIGHT_GRAD_PROGRAMS = 2 * 2 * 132
-
-# What changes with the batch and the images: no reason to compile again
-SIZES = ["num_tiles", "tiles_per_program", "num_visible", "height", "width"]
-
 
 # Shared below: canvas = (slots or None, num_visible, height, width). The row y and column x of a tile count in tiles.
 
@@ -132,12 +129,12 @@ def _correlate(
     return sums
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=BATCH_SIZES[:5])
 def _conv_kernel(
-    x, taps, bias, out, visible, slots, num_tiles, tiles_per_program, num_visible, height, width,
+    x, taps, bias, added, out, visible, slots, num_tiles, tiles_per_program, num_visible, height, width,
     C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """out = bias + the convolution of x with the taps. Programs: chunks of tiles x blocks of channels."""
+    """out = added (or 0 if None) + bias + the convolution of x with the taps. Programs: chunks of tiles x channels."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     canvas = (slots, num_visible, height, width)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -156,15 +153,18 @@ def _conv_kernel(
             sums += (start,)
         sums = _correlate(sums, factors, x, image, ty, tx, channel, canvas, C, K, T, T)
         row, present = _first_row(image, ty, tx, canvas, K, T)
-        pointers = out + row.to(tl.int64)[:, None] * C + channel[None, :]
+        first_site = row.to(tl.int64)[:, None] * C + channel[None, :]
         for sy in tl.static_range(T):
             for sx in tl.static_range(T):
                 offset, valid = _site(present, ty, tx, sy, sx, canvas, T)
                 mask = valid[:, None] & (channel < C)[None, :]
-                tl.store(pointers + offset * C, sums[sy * T + sx].to(out.dtype.element_ty), mask=mask)
+                total = sums[sy * T + sx]
+                if added is not None:
+                    total += tl.load(added + first_site + offset * C, mask=mask, other=0).to(dtype)
+                tl.store(out + first_site + offset * C, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=BATCH_SIZES[:5])
 def _weight_grad_kernel(
     x, grad, partial, visible, slots, num_tiles, tiles_per_program, num_visible, height, width,
     C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -200,9 +200,6 @@ def _weight_grad_kernel(
 
 # ---- Operators: a reference in plain PyTorch for any device, replaced by the kernel where Triton runs
 
-# Under Triton's interpreter (TRITON_INTERPRET=1) the kernels run on the CPU too: so they are tested
-DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
-
 
 def _plan(x, visible, slots, programs):
     """How to cut x into about so many programs: the grid, chunks of tiles x blocks of channels, and the sizes."""
@@ -218,7 +215,8 @@ def _plan(x, visible, slots, programs):
         height, width = (side * k for side in slots.shape[1:])
         num_tiles = n * rows // tile**2
     block = 32 if 0 < channels % 64 <= 32 else 64  # 64 load better, unless half of the last block would be idle
-    blocks, tiles = math.ceil(channels / block), BLOCK // block
+    elements = BLOCK // 2 if slots is None or x.element_size() > 2 else BLOCK
+    blocks, tiles = math.ceil(channels / block), elements // block
     tiles_per_program = tiles * math.ceil(num_tiles * blocks / (tiles * programs))
     sizes = dict(num_tiles=num_tiles, tiles_per_program=tiles_per_program)
     sizes |= dict(num_visible=num_visible, height=height, width=width)
@@ -229,47 +227,47 @@ def _plan(x, visible, slots, programs):
 def _maps(x, visible, slots):
     """x as maps (N, C, H, W), of float32 at least, and the function that turns such maps back into the form of x."""
     if slots is None:
-        return x.permute(0, 3, 1, 2).to(_sum_type(x)), lambda maps: maps.permute(0, 2, 3, 1).to(x.dtype).contiguous()
+        maps = x.permute(0, 3, 1, 2).to(_sum_type(x))
+        return maps, lambda maps, dtype=x.dtype: maps.permute(0, 2, 3, 1).to(dtype).contiguous()
     k = math.isqrt(x.shape[1] // visible.shape[1])
     sites = active_sites(visible.long(), slots.shape[1:], k)
-    return unpack(x.to(_sum_type(x)), sites), lambda maps: pack(maps, sites).to(x.dtype)
+    return unpack(x.to(_sum_type(x)), sites), lambda maps, dtype=x.dtype: pack(maps, sites).to(dtype)
 
 
 def _sum_type(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _contiguous(*tensors):
-    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-@torch.library.custom_op("convnextv2::depthwise_conv", mutates_args=())
-def _conv(
-    x: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor, visible: torch.Tensor | None, slots: torch.Tensor | None
+def _conv_plain(
+    x: torch.Tensor,
+    taps: torch.Tensor,
+    bias: torch.Tensor,
+    added: torch.Tensor | None,
+    visible: torch.Tensor | None,
+    slots: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x, dense or packed, taps (49, C) and bias (C,) -> like x."""
+    """x, dense or packed, taps (49, C), bias (C,), added like x -> like added if it is given, else like x."""
     maps, back = _maps(x, visible, slots)
     weight = taps.to(maps.dtype).t().reshape(-1, 1, 7, 7)
-    return back(F.conv2d(maps, weight, bias.to(maps.dtype), padding=3, groups=len(weight)))
+    maps = F.conv2d(maps, weight, bias.to(maps.dtype), padding=3, groups=len(weight))
+    if added is None:
+        return back(maps)
+    return (back(maps, maps.dtype) + added).to(added.dtype)
 
 
-@_conv.register_kernel(DEVICES)
-def _(*inputs):
-    x, taps, bias, visible, slots = _contiguous(*inputs)
-    out = torch.empty_like(x)
+def _conv_triton(x, taps, bias, added, visible, slots):
+    x, added = x.contiguous(), added if added is None else added.contiguous()
+    out = torch.empty_like(x if added is None else added)
     grid, sizes = _plan(x, visible, slots, CONV_PROGRAMS)
-    with torch.cuda.device_of(x):
-        _conv_kernel[grid](x, taps, bias, out, visible, slots, **sizes)
+    launch(_conv_kernel, grid, x, taps.contiguous(), bias, added, out, visible, slots, **sizes)
     return out
 
 
-@_conv.register_fake
-def _(x, taps, bias, visible, slots):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _conv_fake(x, taps, bias, added, visible, slots):
+    return torch.empty_like(x if added is None else added, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("convnextv2::depthwise_conv_weight_grad", mutates_args=())
-def _weight_grad(
+def _weight_grad_plain(
     x: torch.Tensor, grad: torch.Tensor, visible: torch.Tensor | None, slots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x and the gradient of the output, both dense or packed -> those of the taps (49, C) and of the bias (C,)."""
@@ -279,40 +277,60 @@ def _weight_grad(
     return weight.flatten(1).t().contiguous(), grad_maps.sum((0, 2, 3))
 
 
-@_weight_grad.register_kernel(DEVICES)
-def _(*inputs):
-    x, grad, visible, slots = _contiguous(*inputs)
+def _weight_grad_triton(x, grad, visible, slots):
+    x, grad = x.contiguous(), grad.contiguous()
     grid, sizes = _plan(x, visible, slots, WEIGHT_GRAD_PROGRAMS)
     partial = x.new_empty(grid[0], 50, x.shape[-1], dtype=_sum_type(x))
-    with torch.cuda.device_of(x):
-        _weight_grad_kernel[grid](x, grad, partial, visible, slots, **sizes)
+    launch(_weight_grad_kernel, grid, x, grad, partial, visible, slots, **sizes)
     return partial[:, :49].sum(0), partial[:, 49].sum(0)
 
 
-@_weight_grad.register_fake
-def _(x, grad, visible, slots):
+def _weight_grad_fake(x, grad, visible, slots):
     channels, dtype = x.shape[-1], _sum_type(x)
     return x.new_empty(49, channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+
+
+_conv = define_operator("depthwise_conv", _conv_plain, _conv_triton, _conv_fake)
+_weight_grad = define_operator("depthwise_conv_weight_grad", _weight_grad_plain, _weight_grad_triton, _weight_grad_fake)
 
 
 # ---- Derivatives
 
 
 def _conv_setup(ctx, inputs, output):
-    x, taps, bias, visible, slots = inputs
-    ctx.save_for_backward(x, taps, visible, slots)
-    ctx.bias_dtype = bias.dtype
+    x, taps, bias, _, visible, slots = inputs
+    ctx.save_for_backward(x, taps, bias, visible, slots)
 
 
 def _conv_backward(ctx, grad):
-    x, taps, *tables = ctx.saved_tensors
+    grads = _conv_gradients(grad, None, *ctx.saved_tensors, ctx.needs_input_grad)
+    return *grads, grad if ctx.needs_input_grad[3] else None, None, None
+
+
+def _conv_gradients(grad, added, x, taps, bias, visible, slots, needed):
+    """The gradients of x, taps and bias, None where not needed; `added`, or nothing if None, is added to that of x."""
     grad_x = grad_taps = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _conv(grad, taps.flip(0), torch.zeros_like(taps[0]), *tables)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_taps, grad_bias = _weight_grad(x, grad, *tables)
-        grad_taps, grad_bias = grad_taps.to(taps.dtype), grad_bias.to(ctx.bias_dtype)
-    return grad_x, grad_taps, grad_bias, None, None
+    grad = grad.to(x.dtype)
+    if needed[0]:
+        grad_x = _conv(grad, taps.flip(0), torch.zeros_like(taps[0]), added, visible, slots)
+    if needed[1] or needed[2]:
+        grad_taps, grad_bias = _weight_grad(x, grad, visible, slots)
+        grad_taps, grad_bias = grad_taps.to(taps.dtype), grad_bias.to(bias.dtype)
+    return grad_x, grad_taps, grad_bias
+
+
+class _ConvAndInput(torch.autograd.Function):
+    """The convolution, and x itself: a later gradient of x is added by the kernel that computes the other."""
+
+    @staticmethod
+    def forward(ctx, x, taps, bias, dtype, visible, slots):
+        rows = x.to(dtype)
+        ctx.save_for_backward(rows, taps, bias, visible, slots)
+        return _conv(rows, taps, bias, None, visible, slots), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad, grad_x):
+        return *_conv_gradients(grad, grad_x, *ctx.saved_tensors, ctx.needs_input_grad), None, None, None
 
 
 def _weight_grad_setup(ctx, inputs, output):
@@ -321,8 +339,10 @@ def _weight_grad_setup(ctx, inputs, output):
 
 def _weight_grad_backward(ctx, grad_taps, grad_bias):
     x, grad, *tables = ctx.saved_tensors
-    of_x = _conv(grad, grad_taps.flip(0), torch.zeros_like(grad_bias), *tables) if ctx.needs_input_grad[0] else None
-    of_grad = _conv(x, grad_taps, grad_bias, *tables) if ctx.needs_input_grad[1] else None
+    of_x = (
+        _conv(grad, grad_taps.flip(0), torch.zeros_like(grad_bias), None, *tables) if ctx.needs_input_grad[0] else None
+    )
+    of_grad = _conv(x, grad_taps, grad_bias, None, *tables) if ctx.needs_input_grad[1] else None
     return of_x, of_grad, None, None
 
 
@@ -333,31 +353,21 @@ _weight_grad.register_autograd(_weight_grad_backward, setup_context=_weight_grad
 # ---- What the models call
 
 
-def depthwise_conv(x, weight, bias):
-    """Depthwise convolution, zero padded: (N, C, H, W), channels last in memory, with a (C, 1, 7, 7) -> the same."""
-    return sparse_depthwise_conv(x.permute(0, 2, 3, 1), weight, bias, None, None).permute(0, 3, 1, 2)
+def depthwise_conv(x, weight, bias, visible=None, slots=None):
+    """Depthwise convolution, zero padded or submanifold sparse, with a (C, 1, 7, 7): its result, and x for a shortcut.
 
-
-def sparse_depthwise_conv(x, weight, bias, visible, slots):
-    """Submanifold sparse depthwise convolution: packed rows (N, S, C) with a (C, 1, 7, 7) -> packed rows.
-
-    visible: (N, V) and slots: (N, h, w), of int32; both None for a dense x (N, H, W, C).
+    x: dense (N, H, W, C), or packed rows (N, S, C), which come with visible (N, V) and slots (N, h, w), of int32.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        # The taps stay as they are: read once a program, summed in float32 in any case.
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _conv(x, weight.flatten(1).t().contiguous(), bias, visible, slots)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    # The taps stay as they are: read once a program, summed in float32 in any case.
+    return _ConvAndInput.apply(x, weight.flatten(1).t().contiguous(), bias, dtype, visible, slots)
 
 
-def try_on(device):
-    """Run both kernels on a device and compare them with the reference. Raises what Triton raises, or RuntimeError."""
+def calls(device, dtype):
+    """The operators with small inputs of a dtype: what `triton_works` tries."""
     visible = torch.tensor([[2, 0]], device=device)
     tables = visible.int(), patch_slots(visible, (2, 2))
-    dtypes = [torch.float32, torch.bfloat16] if torch.device(device).type == "cuda" else [torch.float32]
-    for dtype in dtypes:
-        x, grad = torch.arange(128, device=device).view(2, 1, 2, 32).to(dtype) / 128
-        taps, bias = torch.ones(49, 32, device=device) / 64, torch.ones(32, device=device)
-        for operator, inputs in ((_conv, (x, taps, bias, *tables)), (_weight_grad, (x, grad, *tables))):
-            results, expected = tree_leaves(operator(*inputs)), tree_leaves(operator._init_fn(*inputs))
-            if not all(torch.allclose(*pair, atol=0.02) for pair in zip(results, expected, strict=True)):
-                raise RuntimeError(f"wrong results of {operator._opoverload} for {dtype}")
+    x, grad = torch.arange(128, device=device).view(2, 1, 2, 32).to(dtype) / 128
+    taps, bias = torch.ones(49, 32, device=device) / 64, torch.ones(32, device=device)
+    return [(_conv, (x, taps, bias, grad, *tables)), (_weight_grad, (x, grad, *tables))]

@@ -39,16 +39,11 @@ def can_use_functions(module, x):
     )
 
 
-def has_compute_dtype(x, weight):
-    """Whether a matrix product of x with weight is computed, under autocast or without, in the dtype of x."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return x.dtype == torch.get_autocast_dtype(device)
-    return x.dtype == weight.dtype
-
-
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over channels, of (N, ..., C) with "channels_last" or (N, C, ...) with "channels_first"."""
+    """LayerNorm over channels, of (N, ..., C) with "channels_last" or (N, C, ...) with "channels_first".
+
+    The result is of the dtype of x, under autocast too, which computes it in float32.
+    """
 
     def __init__(self, normalized_shape, eps=1e-6, data_format="channels_last"):
         if data_format not in ("channels_last", "channels_first"):
@@ -58,92 +53,20 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         if self.data_format == "channels_last":
-            return super().forward(x)
+            return super().forward(x).to(x.dtype)
         # Both permutations are views: the tensors of this project lie in memory channels last.
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1).to(x.dtype)
 
 
-def grn_statistics(x, differentiable=True):
+def grn_statistics(x):
     """Norm of each channel of x (N, S, C) over space, and the mean of the norms: (N, 1, C) and (N, 1, 1).
 
-    float32 at least: the sum of squares of float16 overflows.
+    float32 at least: the sum of squares of float16 overflows. Where a channel is zero on all sites, the derivatives of
+    its norm are 0.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if differentiable:  # also where a channel is zero on all sites, as the faster square root is not
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
-    else:
-        norm = x.to(dtype).square().sum(1, keepdim=True).sqrt()
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1, keepdim=True)
+    norm = torch.where(squares == 0, squares, squares.where(squares != 0, 1).sqrt())
     return norm, norm.mean(-1, keepdim=True) + 1e-6
-
-
-def _saved_statistics(x, norm, mean):
-    """norm and mean as saved, or recomputed as functions of x where the backward pass is itself differentiated."""
-    return grn_statistics(x) if torch.is_grad_enabled() else (norm, mean)
-
-
-def _grn_gradients(grad_scale, x, gamma, norm, mean):
-    """From the gradient of GRN's scale 1 + gamma * n, n = norm / mean: gamma's, and a factor of x in x's."""
-    n = norm / mean
-    grad_n = grad_scale * gamma
-    grad_norm = (grad_n - (grad_n * n).mean(-1, keepdim=True)) / mean
-    # d norm / d x = x / norm, and 0 where a channel is zero on all sites
-    factor = grad_norm / norm.masked_fill(norm == 0, torch.inf)
-    return (grad_scale * n).sum((0, 1)).to(gamma.dtype), factor.to(x.dtype)
-
-
-def scale_rows(x, gamma, beta, norm, mean):
-    """GRN of x (N, S, C) by its statistics: gamma * (x * n) + beta + x."""
-    return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * norm / mean).to(x.dtype))
-
-
-class _GRN(torch.autograd.Function):
-    """`scale_rows` by the statistics of x itself. Keeps x once and passes over it less often than autograd would."""
-
-    @staticmethod
-    def forward(ctx, x, gamma, beta):
-        norm, mean = grn_statistics(x, differentiable=False)
-        ctx.save_for_backward(x, gamma, norm, mean)
-        ctx.beta_dtype = beta.dtype
-        return scale_rows(x, gamma, beta, norm, mean)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gamma, norm, mean = ctx.saved_tensors
-        norm, mean = _saved_statistics(x, norm, mean)
-        grad_scale = (grad.to(norm.dtype) * x.to(norm.dtype)).sum(1, keepdim=True)
-        grad_gamma, factor = _grn_gradients(grad_scale, x, gamma, norm, mean)
-        grad_x = (grad * (1 + gamma * norm / mean).to(x.dtype)).addcmul_(x, factor)
-        return grad_x, grad_gamma, grad.sum((0, 1), dtype=norm.dtype).to(ctx.beta_dtype)
-
-
-class _GRNLinear(torch.autograd.Function):
-    """A linear layer after GRN, (N, S, C) -> (N, S, D), with the scale of each image folded into a weight of its own.
-
-    GRN's output and its gradient, both as large as x, are never computed: where S is many times D, a pass over them
-    costs more than the matrix products. The gradients of scale and weight are sums over space of the same products of
-    x and grad, one (D, C) an image.
-    """
-
-    @staticmethod
-    def forward(ctx, x, gamma, beta, weight, bias):
-        norm, mean = grn_statistics(x, differentiable=False)
-        ctx.save_for_backward(x, gamma, beta, weight, norm, mean)
-        ctx.bias_dtype = bias.dtype
-        weights = (weight * (1 + gamma * norm / mean)).to(x.dtype)  # (N, D, C)
-        return torch.baddbmm((bias + weight @ beta).to(x.dtype), x, weights.transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gamma, beta, weight, norm, mean = ctx.saved_tensors
-        norm, mean = _saved_statistics(x, norm, mean)
-        scale = 1 + gamma * norm / mean
-        products = torch.bmm(grad.transpose(1, 2), x).to(norm.dtype)  # (N, D, C)
-        grad_bias = grad.sum((0, 1), dtype=norm.dtype)
-        grad_weight = (products * scale).sum(0).addcmul_(grad_bias[:, None], beta.to(norm.dtype))
-        grad_gamma, factor = _grn_gradients((products * weight).sum(1, keepdim=True), x, gamma, norm, mean)
-        grad_x = torch.bmm(grad, (weight * scale).to(x.dtype)).addcmul_(x, factor)
-        grad_beta = grad_bias @ weight.to(norm.dtype)
-        return grad_x, grad_gamma, grad_beta.to(beta.dtype), grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype)
 
 
 class GRN(nn.Module):
@@ -160,28 +83,9 @@ class GRN(nn.Module):
 
     def forward(self, x):
         rows, gamma, beta = x.flatten(1, -2), self.gamma.flatten(), self.beta.flatten()
-        if can_use_functions(self, x):
-            return _GRN.apply(rows, gamma, beta).view_as(x)
-        return scale_rows(rows, gamma, beta, *grn_statistics(rows)).reshape_as(x)
-
-
-def can_fuse(x, grn, linear):
-    """Whether `fused_grn_linear` gives what linear(grn(x)) gives, in fewer passes over memory: x (N, ..., C)."""
-    return (
-        is_plain(grn, GRN, x)
-        and is_plain(linear, nn.Linear, x)
-        and linear.bias is not None
-        and has_compute_dtype(x, linear.weight)
-        # With fewer sites an image's own weight would be as large as its features.
-        and x.shape[1:-1].numel() >= 8 * linear.out_features
-    )
-
-
-def fused_grn_linear(x, grn, linear):
-    """linear(grn(x)) of x (N, ..., C), where `can_fuse` allows it: see `_GRNLinear`."""
-    gamma, beta = grn.gamma.flatten(), grn.beta.flatten()
-    out = _GRNLinear.apply(x.flatten(1, -2), gamma, beta, linear.weight, linear.bias)
-    return out.view(*x.shape[:-1], out.shape[-1])
+        norm, mean = grn_statistics(rows)
+        scale = 1 + gamma * norm / mean  # of float32 at least, as a change of gamma is small beside 1
+        return (rows * scale + beta).to(x.dtype).reshape_as(x)
 
 
 class Stage(nn.Sequential):

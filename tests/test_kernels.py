@@ -21,15 +21,16 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from models import depthwise
+from models import mlp, triton_switch
 from models.convnextv2 import Block
 from models.convnextv2_sparse import SparseBlock
-from models.depthwise import depthwise_conv, sparse_depthwise_conv, triton_works, use_triton
+from models.depthwise import depthwise_conv, sparse_depthwise_conv
 from models.fcmae import FCMAE
 from models.sites import active_sites, patch_slots
+from models.triton_switch import triton_works, use_triton
 
 triton = pytest.importorskip("triton")
-from models import kernels  # noqa: E402, imports Triton
+from models import kernels, mlp_kernels  # noqa: E402, imports Triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -47,6 +48,7 @@ def switch_and_blocks(monkeypatch):
     """The switch is off before each test, automatic after it. Larger blocks are fewer: the interpreter is faster."""
     if INTERPRETED:
         monkeypatch.setattr(kernels, "BLOCK", 2048)
+    torch.backends.cudnn.allow_tf32 = False  # the reference is of float32
     use_triton(False)
     yield
     use_triton(None)
@@ -110,11 +112,11 @@ def as_module(weight, bias):
 
 
 def dense(x, weight, bias):
-    return depthwise_conv(x, as_module(weight, bias))
+    return depthwise_conv(x, as_module(weight, bias))[0]
 
 
 def packed(x, weight, bias, sites):
-    return sparse_depthwise_conv(x, as_module(weight, bias), sites)
+    return sparse_depthwise_conv(x, as_module(weight, bias), sites)[0]
 
 
 def random_inputs(*shape, dtype=torch.float64):
@@ -234,6 +236,58 @@ def test_autocast_sets_the_type_of_the_result_and_leaves_the_weight_gradient_flo
     assert_close([y, *grads], expected, 2**-6)
 
 
+# ---- The passes of the MLP
+
+
+def random_passes(n, sites, channels, dtype):
+    """h and a gradient (N, S, 4C) of the dtype, scale and factor (N, 1, 4C) of the dtype of sums."""
+    h, grad = torch.randn(2, n, sites, channels, dtype=torch.float64).to(DEVICE, dtype)
+    scale, factor = torch.randn(2, n, 1, channels, dtype=torch.float64).to(DEVICE, mlp.sum_type(h))
+    return h, grad, scale, factor
+
+
+def passes_by_definition(h, grad, scale, factor):
+    """Norm, y, dot and the gradients of h with and without a scale, by PyTorch's derivative of GELU."""
+    h.requires_grad_()
+    a = F.gelu(h)
+    results = [a.norm(dim=1, keepdim=True), scale * a, (grad * a).sum(1, keepdim=True)]
+    for grad_a in (scale * grad + factor * a, grad + factor * a):
+        (grad_h,) = torch.autograd.grad(a, h, grad_a.detach(), retain_graph=True)
+        results += [grad_h, grad_h.sum((0, 1))]
+    return [a, *results]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("n", "sites", "channels", "dtype"),
+    [
+        (2, 1, 1, torch.float64),
+        (2, 33, 65, torch.float64),
+        (1, 600, 16, torch.float64),  # three programs an image
+        (2, 40, 80, torch.float32),
+        (2, 40, 80, torch.float16),
+        (2, 40, 80, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_passes_of_the_mlp(n, sites, channels, dtype):
+    h, grad, scale, factor = random_passes(n, sites, channels, dtype)
+    a, norm = mlp_kernels.gelu_norm(h, True)
+    results = [a, norm, mlp_kernels.scaled_gelu(h, None, scale), mlp_kernels.gelu_dot(h, None, grad)]
+    for choice in (scale, None):
+        results += mlp_kernels.gelu_grad(h, None, grad, choice, factor)
+    assert {x.dtype for x in results} == {dtype, mlp.sum_type(h)}
+    assert mlp_kernels.gelu_norm(h, False)[0].numel() == 0
+    expected = passes_by_definition(*(x.double() for x in (h, grad, scale, factor)))
+    assert_close(results, [x.detach() for x in expected], TOLERANCE[dtype])
+
+
+@needs_kernels
+def test_passes_of_an_empty_batch():
+    h, grad, scale, factor = random_passes(0, 4, 8, torch.float32)
+    assert mlp_kernels.gelu_grad(h, None, grad, scale, factor)[0].shape == (0, 4, 8)
+
+
 # ---- They are operators of PyTorch
 
 
@@ -242,10 +296,10 @@ def operators(packed):
     visible = torch.tensor([[0, 3], [1, 2]], device=DEVICE)
     tables = [visible.int(), patch_slots(visible, (2, 2))] if packed else [None, None]
     x, grad = torch.randn(2, *((2, 8, 3) if packed else (2, 3, 2, 3)), dtype=torch.float64, device=DEVICE)
-    taps, bias = torch.randn(49, 3).to(x), torch.randn(3).to(x)
-    for tensor in (x, grad, taps, bias):
+    taps, bias, added = torch.randn(49, 3).to(x), torch.randn(3).to(x), torch.randn_like(x)
+    for tensor in (x, grad, taps, bias, added):
         tensor.requires_grad_()
-    return (kernels._conv, (x, taps, bias, *tables)), (kernels._weight_grad, (x, grad, *tables))
+    return (kernels._conv, (x, taps, bias, added, *tables)), (kernels._weight_grad, (x, grad, *tables))
 
 
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -293,7 +347,7 @@ class Failing:
 @pytest.fixture
 def nothing_tried():
     """As at the start of a process: nothing is known of any device."""
-    caches = depthwise.triton_works, depthwise._try_and_warn
+    caches = triton_switch.triton_works, triton_switch._try_and_warn
     for cache in caches:
         cache.cache_clear()
     yield
@@ -304,7 +358,7 @@ def nothing_tried():
 @needs_kernels
 def test_kernels_run_by_default_where_they_work(nothing_tried, monkeypatch):
     calls = []
-    monkeypatch.setattr(kernels, "depthwise_conv", lambda *inputs: calls.append(1) or dense_reference(*inputs))
+    monkeypatch.setattr(kernels, "depthwise_conv", lambda x, *_: calls.append(1) or (x, x))
     use_triton(None)
     assert triton_works(DEVICE) is None
     dense(*random_inputs(2, 8, 4, 4))
@@ -316,7 +370,9 @@ def test_kernels_that_fail_are_given_up_once_for_the_process(nothing_tried, monk
     use_triton(None)
     monkeypatch.setattr(kernels, "_weight_grad_kernel", Failing(RuntimeError("no such GPU")))
     inputs = random_inputs(2, 8, 4, 4)
-    with pytest.warns(UserWarning, match="run in PyTorch, not in Triton kernels: RuntimeError: no such GPU") as warned:
+    with pytest.warns(
+        UserWarning, match="Triton kernels are off, plain PyTorch runs instead: RuntimeError: no such GPU"
+    ) as warned:
         results = outputs_and_grads(dense, *inputs)
         outputs_and_grads(dense, *inputs)
     assert len(warned) == 1
@@ -419,15 +475,28 @@ def test_block_is_that_of_plain_pytorch(block):
 def test_kernels_are_for_7x7_on_cuda(nothing_tried, monkeypatch):
     with FakeTensorMode():
         cpu, cuda = (torch.empty(1, 8, 4, 4, device=device) for device in ("cpu", "cuda"))
-    weight = torch.empty(8, 1, 7, 7)
-    assert not depthwise.runs_in_triton(cuda, weight)
-    use_triton(True)
-    assert depthwise.runs_in_triton(cuda, weight)
-    assert not depthwise.runs_in_triton(cuda, weight[..., :5, :5]) and not depthwise.runs_in_triton(cpu, weight)
+        assert not triton_switch.runs_in_triton(cuda)
+        use_triton(True)
+        assert triton_switch.runs_in_triton(cuda) and not triton_switch.runs_in_triton(cpu)
+        with torch.device("cuda"):
+            conv = torch.nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        monkeypatch.setattr(kernels, "depthwise_conv", lambda *_: pytest.fail("a kernel for 5x5"))
+        depthwise_conv(cuda, conv)
     use_triton(None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert not depthwise.runs_in_triton(cuda, weight)
+        assert not triton_switch.runs_in_triton(cuda)
+
+
+@on_the_host
+def test_what_is_missing_is_named(nothing_tried, monkeypatch):
+    """Where the trial fails, of a likely reason its remedy is told; else the error."""
+    monkeypatch.setattr(kernels, "calls", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in triton_works("cuda:7")
+    triton_works.cache_clear()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert triton_works("cuda:7") == "no C compiler (install gcc, or set CC)"
 
 
 @on_the_host
@@ -444,29 +513,9 @@ def test_models_do_without_triton():
         import sys
         sys.modules["triton"] = None  # its import fails
         import torch
-        from models import depthwise, fcmae
-        depthwise.use_triton(True)
+        from models import triton_switch, fcmae
+        triton_switch.use_triton(True)
         fcmae.FCMAE(32, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))(torch.zeros(1, 3, 64, 64))
         assert "models.kernels" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=Path(__file__).parents[1])
-
-
-@on_the_host
-@pytest.mark.parametrize("kernel", ["_conv_kernel", "_weight_grad_kernel"])
-def test_kernels_compile_for_hopper_and_keep_their_sums_in_registers(kernel, tmp_path, monkeypatch):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(kernels, kernel)
-    constants = dict(C=80, K=1, T=1, TILES=4, CHANNELS=64)
-    types = dict.fromkeys(("x", "out", "grad"), "*bf16") | dict.fromkeys(("taps", "bias", "partial"), "*fp32")
-    types |= dict.fromkeys(("visible", "slots"), "*i32") | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.NUM_WARPS})
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", binary], check=True, capture_output=True, text=True).stdout
-    assert "STACK:0" in usage and "LOCAL:0" in usage

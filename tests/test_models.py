@@ -19,13 +19,14 @@ from conftest import gap, randomise
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 
-from models import convnextv2, fcmae, utils
+from models import convnextv2, fcmae, mlp, utils
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.convnextv2_sparse import SparseConvNeXtV2, count_visible
 from models.cost import cost
 from models.depthwise import depthwise_conv
 from models.fcmae import FCMAE
-from models.utils import GRN, can_fuse, fused_grn_linear
+from models.mlp import can_fuse
+from models.utils import GRN
 from models.weights import remap_checkpoint_keys
 from tools.dense_masked import DenseMasked
 
@@ -225,53 +226,71 @@ def test_grn_is_algorithm_1_even_where_a_channel_is_zero(shape):
     assert_close(outputs_and_grads(grn, x, gamma, beta), outputs_and_grads(grn_by_norm, x, gamma, beta), 1e-12)
 
 
-def grn_linear_inputs(dtype=torch.float64):
-    """x (N, H, W, C) with more sites than 8 times the outputs, gamma and beta (C,), weight (D, C), bias (D,)."""
-    return [torch.randn(shape, dtype=dtype) for shape in ((2, 6, 5, 4), (4,), (4,), (3, 4), (3,))]
+def mlp_inputs(sites, dtype=torch.float64):
+    """x (N, H, W, C), weight and bias of the norm (C,), of the first linear layer, gamma and beta (1, 1, 1, 4C), ..."""
+    shapes = (2, sites // 5, 5, 3), (3,), (3,), (12, 3), (12,), (1, 1, 1, 12), (1, 1, 1, 12), (3, 12), (3,)
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
-class GRNLinear(torch.nn.Module):
-    """GRN and a linear layer, fused."""
-
-    def __init__(self):
-        super().__init__()
-        self.grn, self.linear = GRN(4).double(), torch.nn.Linear(4, 3).double()
-
-    def forward(self, x):
-        assert can_fuse(x, self.grn, self.linear)
-        return fused_grn_linear(x, self.grn, self.linear)
+def call_mlp(x, *parameters):
+    """`Block.mlp` as a function of its parameters too, in the order of the layers."""
+    block = convnextv2.Block(3).to(x.dtype)
+    layers = block.norm, block.pwconv1, block.act, block.grn, block.pwconv2
+    assert can_fuse(x, *layers)
+    names = [name for name, _ in block.named_parameters() if not name.startswith("dwconv")]
+    with torch.nn.utils.stateless._reparametrize_module(block, dict(zip(names, parameters, strict=True))):
+        return block.mlp(x)
 
 
-def fused(x, gamma, beta, weight, bias):
-    """`fused_grn_linear` as a function of its parameters too."""
-    parameters = {"grn.gamma": gamma.view(1, 1, 1, -1), "grn.beta": beta.view(1, 1, 1, -1)}
-    return torch.func.functional_call(GRNLinear(), parameters | {"linear.weight": weight, "linear.bias": bias}, x)
+def mlp_by_definition(x, norm_weight, norm_bias, weight1, bias1, gamma, beta, weight2, bias2):
+    a = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6), weight1, bias1))
+    return F.linear(grn_by_norm(a, gamma, beta), weight2, bias2)
 
 
-def test_a_fused_grn_has_the_value_and_derivatives_of_algorithm_1():
-    inputs = grn_linear_inputs()
-    inputs[0][0, ..., 1] = 0  # a dead channel
-
-    def plain(x, gamma, beta, weight, bias):
-        return F.linear(grn_by_norm(x, gamma, beta), weight, bias)
-
-    assert_close(outputs_and_grads(fused, *inputs), outputs_and_grads(plain, *inputs), 1e-12)
-    inputs = [x.requires_grad_() for x in grn_linear_inputs()]
-    assert torch.autograd.gradcheck(fused, inputs) and torch.autograd.gradgradcheck(fused, inputs, fast_mode=True)
+# With 25 and more sites for 3 channels GRN's scale goes into weights of each image's own
+MLP_SITES = pytest.mark.parametrize("sites", [10, 30], ids=["scaled", "folded"])
 
 
-def test_a_zero_channel_has_finite_second_derivatives():
-    inputs = grn_linear_inputs()
-    inputs[0][0, ..., 1] = 0
+@MLP_SITES
+def test_the_fused_mlp_has_the_value_and_derivatives_of_its_definition(sites):
+    inputs = mlp_inputs(sites)
+    inputs[3][1], inputs[4][1] = 0, 0  # a dead channel
+    assert_close(outputs_and_grads(call_mlp, *inputs), outputs_and_grads(mlp_by_definition, *inputs), 1e-12)
+    inputs = [x.requires_grad_() for x in mlp_inputs(sites)]
+    assert torch.autograd.gradcheck(call_mlp, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call_mlp, inputs, fast_mode=True)
+
+
+@MLP_SITES
+def test_a_zero_channel_has_finite_second_derivatives(sites):
+    inputs = mlp_inputs(sites)
+    inputs[3][1], inputs[4][1] = 0, 0
     inputs = [x.requires_grad_() for x in inputs]
-    grads = torch.autograd.grad(fused(*inputs).square().sum(), inputs, create_graph=True)
+    grads = torch.autograd.grad(call_mlp(*inputs).square().sum(), inputs, create_graph=True)
     assert all(x.isfinite().all() for x in torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
 
 
-def test_grn_is_fused_only_where_that_saves_passes():
-    """Not where an image has fewer sites than 8 times the outputs: its own weight would be as large as its features."""
-    grn, linear = GRN(8), torch.nn.Linear(8, 4)
-    assert [can_fuse(torch.randn(2, sites, 8), grn, linear) for sites in (31, 32)] == [False, True]
+@MLP_SITES
+def test_small_changes_of_gamma_count_in_low_precision(sites):
+    """1 + gamma n is not rounded to bfloat16, where it would be 1 for all gamma n below 0.002."""
+    inputs = [x.bfloat16().double() for x in mlp_inputs(sites)]
+    inputs[5] = torch.full_like(inputs[5], 1e-3)
+    with_gamma, without = (mlp_by_definition(*inputs[:5], gamma, *inputs[6:]) for gamma in (inputs[5], 0 * inputs[5]))
+
+    def low(gamma):
+        parameters = [x.float() for x in inputs]
+        parameters[5] = gamma.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return call_mlp(*parameters).double()
+
+    change = low(inputs[5] * 2) - low(0 * inputs[5])
+    expected = 2 * (with_gamma - without)
+    assert F.cosine_similarity(change.flatten(), expected.flatten(), 0) > 0.3
+
+
+def test_an_image_has_weights_of_its_own_only_where_that_saves_passes():
+    weight = torch.empty(4, 16)
+    assert [mlp.is_folded(torch.empty(2, sites, 4), weight) for sites in (31, 32)] == [False, True]
 
 
 def test_grn_of_large_float16_does_not_overflow():
@@ -293,7 +312,7 @@ def test_depthwise_conv_and_its_gradients_are_those_of_torch(order, size):
 
     def ours(x, weight, bias):
         conv.weight, conv.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
-        y = depthwise_conv(x, conv)
+        y, _ = depthwise_conv(x, conv)
         projection = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
         return y, *torch.autograd.grad(y, (x, conv.weight, conv.bias), projection)
 

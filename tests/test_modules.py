@@ -21,8 +21,9 @@ from models import utils
 from models.convnextv2 import Block, ConvNeXtV2, convnextv2_atto
 from models.convnextv2_sparse import SparseConvNeXtV2
 from models.fcmae import FCMAE
+from models.mlp import can_fuse
 from models.sites import pack, unpack
-from models.utils import GRN, Stage, can_fuse
+from models.utils import GRN, LayerNorm, Stage
 
 pytestmark = [
     pytest.mark.usefixtures("seed_and_one_thread"),
@@ -102,22 +103,34 @@ def test_fast_paths_give_the_results_of_modules_that_are_called(build, monkeypat
 
 
 def test_nothing_but_what_is_plain_is_fused():
-    x, grn, linear = torch.randn(2, 64, 8), GRN(8), nn.Linear(8, 4)
-    assert can_fuse(x, grn, linear) and can_fuse(x.bfloat16(), grn.bfloat16(), linear.bfloat16())
-    grn, linear = grn.float(), linear.float()
-    subclass = type("Linear", (nn.Linear,), {})(8, 4)
-    patched, hooked, parametrized = (copy.deepcopy(linear) for _ in range(3))
-    patched.forward = lambda x: x
-    hooked.register_full_backward_hook(lambda *_: None)
-    nn.utils.parametrizations.weight_norm(parametrized)
-    for other in (subclass, patched, hooked, parametrized, nn.Linear(8, 4, bias=False), copy.deepcopy(linear).double()):
-        assert not can_fuse(x, grn, other), other
-    assert not can_fuse(x.double(), grn, linear)
+    x, block = torch.randn(2, 64, 8), Block(8)
+    layers = [block.norm, block.pwconv1, block.act, block.grn, block.pwconv2]
+
+    def fuses(x=x, **others):
+        names = ["norm", "linear1", "act", "grn", "linear2"]
+        return can_fuse(x, *(dict(zip(names, layers, strict=True)) | others).values())
+
+    assert fuses() and not fuses(x.double()) and not fuses(x.bfloat16())
+    for index, name in ((1, "linear1"), (4, "linear2")):
+        linear = layers[index]
+        subclass = type("Linear", (nn.Linear,), {})(linear.in_features, linear.out_features)
+        patched, hooked, parametrized = (copy.deepcopy(linear) for _ in range(3))
+        patched.forward = lambda x: x
+        hooked.register_full_backward_hook(lambda *_: None)
+        nn.utils.parametrizations.weight_norm(parametrized)
+        others = patched, hooked, parametrized, nn.Linear(linear.in_features, linear.out_features, bias=False)
+        for other in (subclass, *others, copy.deepcopy(linear).double()):
+            assert not fuses(**{name: other}), other
+    others = dict(act=nn.GELU("tanh")), dict(act=nn.ReLU()), dict(norm=nn.LayerNorm(8)), dict(grn=nn.Identity())
+    for other in (*others, dict(norm=LayerNorm(8, data_format="channels_first"))):
+        assert not fuses(**other), other
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not can_fuse(x, grn, linear)
+    assert not fuses()
     handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
-        assert can_fuse(x.bfloat16(), grn, linear) and not can_fuse(x, grn, linear)
+        assert fuses(x.bfloat16()) and fuses() and not fuses(x.double())
+    block.bfloat16()
+    assert fuses(x.bfloat16()) and not fuses()
 
 
 # ---- Modules of other kinds put in

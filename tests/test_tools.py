@@ -463,7 +463,7 @@ def test_loaders_of_the_benchmark_deliver_as_many_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--input_size 100", "--rounds 0", "--mask_ratio 1", "--batch_size 1 2 3", "--triton", "--only packet"]
+    "flags", ["--input_size 100", "--rounds 0", "--mask_ratio 1", "--batch_size 1 2 3", "--only packet"]
 )
 def test_benchmark_reports_mistakes_in_one_line(tool, flags):
     assert_fails(tool("benchmark", *flags.split(), "--device", "cpu"), flags.split()[0])

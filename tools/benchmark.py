@@ -8,10 +8,11 @@
     python -m tools.benchmark --json > benchmark.json      # the same figures and every single time
 
 The contestants are described in tools/contestants.py and tools/loaders.py. A round times one step of each in turn; the
-first two rounds do not count. Float32 means no TF32. "x packed", "x dense": time divided by packed's or dense's in the
-same round, median over rounds; 2.00 takes twice as long. "x original": 2.00 delivers twice as many images. The floor is
-visible / total patches. Peak memory is that of the third step in a fresh process: on CUDA of all tensors, on the CPU
-(Linux) the rise of the resident memory during the step, without weights and optimizer state.
+first two rounds do not count. Settings are those of a training: float32 on CUDA is TF32. "x packed", "x dense": time
+divided by packed's or dense's in the same round, median over rounds; 2.00 takes twice as long. "x original": 2.00
+delivers twice as many images. The floor is visible / total patches. Peak memory is that of the third step in a fresh
+process: on CUDA of all tensors, on the CPU (Linux) the rise of the resident memory during the step, without weights and
+optimizer state.
 """
 
 import ctypes
@@ -109,7 +110,7 @@ def time_rounds(rows, steps, batch_size, args):
     """Time a step of each contestant, round by round, and add the figures to its row. One that fails is dropped."""
     for i in range(WARM_UP + args.rounds):
         for name in list(steps):
-            contestants.use_triton("triton" in name)
+            contestants.choose_kernels(name)
             ms = attempt(rows[name], time_ms, steps[name], args.device)
             if ms is None:
                 del steps[name]  # and with it its memory
@@ -239,7 +240,6 @@ def get_args_parser():
     add("--device", choices=("cuda", "cpu"), default=device, help="--part loader: always the CPU")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
     add("--compile", action=Switch, default=False, help="time under torch.compile as well")
-    add("--triton", action=Switch, default=False, help="time with Triton kernels as well, on CUDA")
     add("--rounds", default=10, type=at_least(1), help="rounds that count")
     add("--json", action=Switch, default=False, help="print one JSON object instead of tables")
     return parser
@@ -249,8 +249,6 @@ def check_args(args):
     """Raise UserError for flags that do not fit together or this machine."""
     flags.check_image_size("input_size", (args.input_size,), multiple_of=PATCH)
     flags.check_device(args)
-    if args.triton and args.device == "cpu":
-        raise UserError("--triton: the kernels are for --device cuda")
     if args.batch_size is not None and len(args.batch_size) not in (1, len(args.model)):
         raise UserError(f"--batch_size {' '.join(map(str, args.batch_size))}: must be one, or one for each --model")
     if args.part == "loader":

@@ -1,16 +1,16 @@
 """The contestants of `tools.benchmark`, all with the same initial weights. Of --part encoder and step (pre-training):
 
-    packed            the project's FCMAE
-    packed compiled   the same under torch.compile(fullgraph=True), with --compile
-    packed triton     with depthwise convolutions by models/kernels.py, on CUDA with --triton; also compiled
-    dense masked      its encoder computes every site and masks it: tools/dense_masked.py
-    dense unmasked    its encoder is the dense network on the whole image; also compiled
-    minkowski         its encoder runs on MinkowskiEngine, where that is installed
+    packed                  the project's FCMAE, as the scripts train it: on CUDA with Triton kernels
+    packed compiled         the same under torch.compile(fullgraph=True), with --compile
+    packed without triton   plain PyTorch, on CUDA
+    dense masked            its encoder computes every site and masks it: tools/dense_masked.py
+    dense unmasked          its encoder is the dense network on the whole image; also compiled
+    minkowski               its encoder runs on MinkowskiEngine, where that is installed
 
 Of --part finetune (a classifier of 1000 classes with label smoothing):
 
-    dense             the project's ConvNeXtV2, channels last; also compiled and triton
-    timm              timm's model of that name, (N, C, H, W); also channels last, and that compiled
+    dense                   the project's ConvNeXtV2, channels last; also compiled, and without triton
+    timm                    timm's model of that name, (N, C, H, W); also channels last, and that compiled
 """
 
 import functools
@@ -20,15 +20,15 @@ import torch
 
 from models import convnextv2, fcmae
 from models.convnextv2_sparse import split_patches
-from models.depthwise import use_triton
+from models.triton_switch import use_triton
 from tools.dense_masked import DenseMasked
-from utils import keep_freed_memory, name_in_errors
+from utils import name_in_errors, to_device
 
 warnings.filterwarnings("ignore", module="MinkowskiEngine")  # it warns on import where it was built without CUDA
 PATCH = 32  # pixels
-PRETRAIN = ["packed", "packed compiled", "packed triton", "packed compiled triton"]
+PRETRAIN = ["packed", "packed compiled", "packed without triton"]
 PRETRAIN += ["dense masked", "dense unmasked", "dense unmasked compiled", "minkowski"]
-FINETUNE = ["dense", "dense compiled", "dense triton", "dense compiled triton"]
+FINETUNE = ["dense", "dense compiled", "dense without triton"]
 FINETUNE += ["timm", "timm channels last", "timm channels last compiled"]
 
 
@@ -54,7 +54,7 @@ def choose_contestants(args):
     """The contestants of --part, the reference first, and {contestant: reason} of those left out."""
     names = FINETUNE if args.part == "finetune" else PRETRAIN
     names = [name for name in names if args.compile or "compiled" not in name]
-    names = [name for name in names if args.triton or "triton" not in name]
+    names = [name for name in names if args.device == "cuda" or "triton" not in name]
     reason = why_no_minkowski(args) if "minkowski" in names else None
     return [name for name in names if name != "minkowski" or not reason], {"minkowski": reason} if reason else {}
 
@@ -102,16 +102,17 @@ def build_fcmae(name, contestant, input_size):
     return model
 
 
+def choose_kernels(contestant):
+    """Triton's wherever the scripts run them, but for a contestant that goes without."""
+    use_triton(False if "without triton" in contestant else None)
+
+
 def make_step(name, contestant, batch_size, args):
     """A function without arguments that runs one step of --part on a fixed batch of noise."""
-    if args.device == "cpu":
-        keep_freed_memory()  # as the scripts do
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # the default for matrix products; convolutions would have an advantage
-    use_triton("triton" in contestant)
     finetune = args.part == "finetune"
     model = build_classifier(name, contestant) if finetune else build_fcmae(name, contestant, args.input_size)
-    model = model.to(args.device)
+    model = to_device(model, args.device)  # as the scripts do
+    choose_kernels(contestant)
     imgs = torch.randn(batch_size, 3, args.input_size, args.input_size, device=args.device)
     imgs = imgs.contiguous(memory_format=torch.channels_last) if "channels last" in contestant else imgs
     forward = make_forward(model, imgs, "compiled" in contestant, args)

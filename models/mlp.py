@@ -1,0 +1,221 @@
+"""Norm and MLP of a block as one function: LayerNorm, linear, GELU, GRN, linear, in few passes over its 4C channels.
+
+Most of a training step's bytes are moved here. So the tensors of 4C channels, N images x S sites each, are as few as
+the gradients need:
+
+    z = (x - mean x) / std x     kept; the norm's weight w and bias v go into the next layer's:
+    h = z (W1 w)^T + b1 + W1 v   kept
+    a = GELU(h)                  kept on the CPU; in Triton each pass computes it anew from h
+    n = |a| / mean |a|           |a|: the norm over the sites of an image, (N, 1, 4C); the mean over its channels
+    y = (1 + gamma n) a          kept
+    out = y W2^T + b2 + W2 beta  GRN's beta goes into the bias
+
+and backward, where g is the gradient of out, and that of y is g W2:
+
+    the gradient of 1 + gamma n is the sum over sites of (g W2) a
+    the gradient of h is GELU'(h) ((1 + gamma n) g W2 + f a), where f, (N, 1, 4C), comes from the gradient of |a|
+
+Where an image has many sites for its channels (`is_folded`), the scale 1 + gamma n goes into a weight W2 of each
+image's own instead: y is never computed, and the gradients of scale and weight are sums over the same products g^T a.
+
+The passes over h are in `models.mlp_kernels`: Triton kernels, and the plain PyTorch beside them.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .triton_switch import runs_in_triton
+from .utils import GRN, LayerNorm, grn_statistics, is_plain
+
+
+class _MLP(torch.autograd.Function):
+    """x (N, S, C), eps, w, v (C,), W1 (4C, C), b1, gamma, beta (4C,), W2 (C, 4C), b2 (C,) -> (N, S, C), as x.
+
+    Parameters may be of another dtype than x, and get gradients of their own. Sums and scales are of float32 at least.
+    """
+
+    @staticmethod
+    def forward(ctx, x, eps, *parameters):
+        norm_weight, norm_bias, weight1, bias1, gamma, beta, weight2, bias2 = parameters
+        passes, dtype, folded = choose_passes(x), x.dtype, is_folded(x, weight2)
+        z, *statistics = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        low1 = (weight1 * norm_weight).to(dtype)
+        h = F.linear(z, low1, (bias1 + weight1 @ norm_bias).to(dtype))
+        a, norm = passes.gelu_norm(h, folded)
+        mean = norm.mean(-1, keepdim=True) + 1e-6
+        scale = 1 + gamma * norm / mean
+        bias = (bias2 + weight2 @ beta).to(dtype)
+        if folded:
+            y, low2 = None, (weight2 * scale).to(dtype)  # (N, C, 4C)
+            out = torch.baddbmm(bias, a, low2.transpose(1, 2))
+        else:
+            y, low2 = passes.scaled_gelu(h, a, scale), weight2.to(dtype)
+            out = F.linear(y, low2, bias)
+        ctx.save_for_backward(x, *parameters, *statistics, z, low1, h, a, y, low2, norm, mean)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes them for it
+        x, *parameters = saved[:9]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient is itself differentiated
+            return differentiable_gradients(ctx, grad, x, parameters)
+        grads = _MLP.compute_gradients(grad, x, *parameters, *saved[9:])
+        return grads[0], None, *(grad.to(p.dtype) for grad, p in zip(grads[1:], parameters, strict=True))
+
+    @staticmethod
+    def compute_gradients(
+        grad, x, norm_weight, norm_bias, weight1, bias1, gamma, beta, weight2, bias2,
+        x_mean, x_rstd, z, low1, h, a, y, low2, norm, mean,
+    ):  # fmt: skip
+        """The gradients of x and of the parameters."""
+        passes, n = choose_passes(x), norm / mean
+        scale = 1 + gamma * n
+        # out = y W2^T + bias
+        grad_bias2 = grad.sum((0, 1), dtype=norm.dtype)
+        if y is None:
+            products = torch.bmm(grad.transpose(1, 2), a).to(norm.dtype)  # (N, C, 4C)
+            grad_weight2 = (products * scale).sum(0)
+            grad_scale = (products * weight2).sum(1, keepdim=True)
+            grad_a, scale = torch.bmm(grad, low2), None  # folded in already
+        else:
+            grad_weight2 = (grad.flatten(0, 1).t() @ y.flatten(0, 1)).to(norm.dtype)
+            grad_a = grad @ low2  # but for the scale
+            grad_scale = passes.gelu_dot(h, a, grad_a)
+        grad_weight2 = torch.addcmul(grad_weight2, grad_bias2[:, None], beta)
+        grad_beta = sum_rows(weight2, grad_bias2)
+        # y = scale a
+        grad_n = grad_scale * gamma
+        grad_norm = (grad_n - (grad_n * n).mean(-1, keepdim=True)) / mean
+        # d norm / d a = a / norm, and 0 where a channel is zero on all sites
+        factor = grad_norm / norm.masked_fill(norm == 0, torch.inf)
+        grad_h, grad_bias1 = passes.gelu_grad(h, a, grad_a, scale, factor)
+        # h = z (W1 w)^T + bias
+        products = (grad_h.flatten(0, 1).t() @ z.flatten(0, 1)).to(norm.dtype)  # (4C, C)
+        grad_weight1 = torch.addcmul(products * norm_weight, grad_bias1[:, None], norm_bias)
+        grad_norm_weight = (products * weight1).sum(0)
+        grad_norm_bias = sum_rows(weight1, grad_bias1)
+        no_affine = [True, False, False]
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_h @ low1, x, x.shape[-1:], x_mean, x_rstd, None, None, no_affine
+        )
+        grad_gamma = (grad_scale * n).sum((0, 1))
+        return (
+            grad_x, grad_norm_weight, grad_norm_bias, grad_weight1, grad_bias1, grad_gamma, grad_beta,
+            grad_weight2, grad_bias2,
+        )  # fmt: skip
+
+
+def sum_rows(weight, factors):
+    """factors (M,) @ weight (M, K), not as a matrix product, which autocast would round where the step is compiled."""
+    return (weight * factors[:, None]).sum(0)
+
+
+def differentiable_gradients(ctx, grad, x, parameters):
+    """The gradients of `plain_mlp` as functions of grad and inputs, None where not needed."""
+    inputs = [x, None, *parameters]
+    with torch.enable_grad():
+        out = plain_mlp(x, ctx.eps, *parameters)
+    wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return tuple(next(grads) if need else None for need in ctx.needs_input_grad)
+
+
+def plain_mlp(x, eps, norm_weight, norm_bias, weight1, bias1, gamma, beta, weight2, bias2):
+    """What `_MLP` computes, by plain operations."""
+    dtype = x.dtype
+    z = F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
+    a = F.gelu(F.linear(z, weight1.to(dtype), bias1.to(dtype)))
+    norm, mean = grn_statistics(a)
+    y = (1 + gamma * norm / mean) * a + beta
+    return F.linear(y.to(dtype), weight2.to(dtype), bias2.to(dtype))
+
+
+def is_folded(x, weight2):
+    """Whether an image of x (N, S, C) is so large for the (C, 4C) weight that one of its own saves passes."""
+    return x.shape[1] >= 8 * len(weight2)
+
+
+def choose_passes(x):
+    """The functions `gelu_norm`, `scaled_gelu`, `gelu_dot` and `gelu_grad` for x: Triton's, or plain ones."""
+    if runs_in_triton(x):
+        from . import mlp_kernels  # imports Triton
+
+        return mlp_kernels
+    return Plain
+
+
+class Plain:
+    """The passes in plain PyTorch. h, a and gradients are (N, S, 4C); norm, scale and factor (N, 1, 4C)."""
+
+    @staticmethod
+    def gelu_norm(h, keep=True):
+        """a = GELU(h) and its norm over the sites, of float32 at least: the squares of float16 overflow."""
+        a = F.gelu(h)
+        return a, a.to(sum_type(h)).square().sum(1, keepdim=True).sqrt()
+
+    @staticmethod
+    def scaled_gelu(h, a, scale):
+        """scale * a, multiplied in the dtype of scale."""
+        return (a * scale).to(a.dtype)
+
+    @staticmethod
+    def gelu_dot(h, a, grad):
+        """The sum over the sites of grad * a: (N, 1, 4C)."""
+        return (grad.to(sum_type(h)) * a.to(sum_type(h))).sum(1, keepdim=True)
+
+    @staticmethod
+    def gelu_grad(h, a, grad, scale, factor):
+        """GELU'(h) (scale * grad + factor * a), where a scale of None is 1, and its sum over images and sites."""
+        grad = grad if scale is None else (grad * scale).to(grad.dtype)
+        grad_h = torch.ops.aten.gelu_backward(grad.addcmul_(a, factor.to(a.dtype)), h)
+        return grad_h, grad_h.sum((0, 1), dtype=factor.dtype)
+
+
+def sum_type(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def without_autocast(x):
+    """A context without autocast on the device of x: dtypes are chosen by hand."""
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# ---- What a block calls
+
+
+def can_fuse(x, norm, linear1, act, grn, linear2):
+    """Whether `fused_mlp` computes, in fewer passes over memory, what calling the modules would: x (N, ..., C)."""
+    return (
+        all(is_plain(linear, nn.Linear, x) and linear.bias is not None for linear in (linear1, linear2))
+        and is_plain(norm, LayerNorm, x)
+        and norm.data_format == "channels_last"
+        and is_plain(act, nn.GELU, x)
+        and act.approximate == "none"
+        and is_plain(grn, GRN, x)
+        and compute_dtype(x, norm.weight, linear1.weight, linear2.weight) is not None
+    )
+
+
+def compute_dtype(x, *weights):
+    """The dtype in which matrix products of x with weights are computed, under autocast or without; None if mixed."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        double = any(tensor.dtype == torch.float64 for tensor in (x, *weights))  # which autocast leaves as it is
+        return None if double else torch.get_autocast_dtype(device)
+    return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None
+
+
+def fused_mlp(x, norm, linear1, grn, linear2):
+    """linear2(grn(gelu(linear1(norm(x))))), (N, ..., C), where `can_fuse` allows it: see the top of this file."""
+    rows = x.flatten(1, -2).to(compute_dtype(x, linear1.weight))
+    layers = norm.weight, norm.bias, linear1.weight, linear1.bias, grn.gamma.flatten(), grn.beta.flatten()
+    with without_autocast(x):
+        out = _MLP.apply(rows, norm.eps, *layers, linear2.weight, linear2.bias)
+    return out.view(*x.shape[:-1], out.shape[-1])

@@ -1,0 +1,479 @@
+"""The whole truth about one GPU, in ten minutes, as JSON and a table; needs torch, and little else.
+
+    python -m tools.gpu_report --output report           # most valuable first, until --budget seconds are spent
+    python -m tools.gpu_report --output report --dry     # the same in small on a CPU, whose times mean nothing
+
+Each check is a process of its own with a time limit: one that raises, hangs or dies is reported as such, and the others
+go on. FOLDER/report.json is rewritten, whole, after each; FOLDER/report.md is its table; NAME.log holds what a check
+printed.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import flags
+from flags import Switch, at_least
+from models import fcmae, triton_switch
+from tools import benchmark, contestants
+from utils import UserError, configure_cuda, to_device
+
+# Counted for base at 224, batch of 256, bfloat16 (see `tools.gpu_counts` and BENCHMARKS.md), an image
+GFLOP = 36.1  # matrix products
+MEGABYTES = 186  # of all other kernels under --compile
+GOAL = 4000  # images a second of base
+
+
+def settings(args, **changes):
+    """What `contestants.make_step` reads: of a real report, or of a dry one."""
+    small = dict(device="cpu", input_size=64, dtype="float32", model="convnextv2_atto", batch_size=2, steps=2)
+    real = dict(device="cuda", input_size=224, dtype="bfloat16", model="convnextv2_base", batch_size=256, steps=20)
+    return Namespace(**((small if args.dry else real) | dict(mask_ratio=0.6, part="step", compile=True) | changes))
+
+
+def halve_until_it_fits(measure, batch_size):
+    """measure(batch_size) -> dict, with the batch size halved for as long as memory does not suffice; it says so."""
+    wanted = batch_size
+    while True:
+        try:
+            result = measure(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            torch.cuda.empty_cache()
+        else:
+            note = {} if batch_size == wanted else {"note": f"out of memory at {batch_size * 2} images"}
+            return dict(batch_size=batch_size) | result | note
+
+
+def time_step(given, contestant):
+    """Images a second of a contestant: median of the steps after 5 of warm-up, and peak memory."""
+
+    def measure(batch_size):
+        step = contestants.make_step(given.model, contestant, batch_size, given)
+        for _ in range(5):
+            step()
+        if given.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times = [benchmark.time_ms(step, given.device) for _ in range(given.steps)]
+        peak = round(torch.cuda.max_memory_allocated() / 2**20) if given.device == "cuda" else None
+        median = statistics.median(times)
+        spread = dict(fastest_ms=min(times), slowest_ms=max(times))
+        return dict(images_per_s=round(1e3 * batch_size / median, 1), median_ms=median, **spread, peak_mib=peak)
+
+    return halve_until_it_fits(measure, given.batch_size)
+
+
+# ---- The checks, most valuable first: args -> dict
+
+
+def machine(args):
+    """Versions, clocks, compiler."""
+    versions = {}
+    for name in ("torch", "triton", "timm", "torchvision", "MinkowskiEngine"):
+        with contextlib.suppress(ImportError):
+            versions[name] = importlib.import_module(name).__version__
+    report = dict(versions=versions, python=sys.version.split()[0], cores=len(os.sched_getaffinity(0)))
+    report["missing_for_triton"] = triton_switch.what_is_missing()
+    if not args.dry:
+        properties = torch.cuda.get_device_properties(0)
+        report |= dict(gpu=properties.name, multiprocessors=properties.multi_processor_count)
+        report["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        fields = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,driver_version"
+        with contextlib.suppress(OSError):
+            query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+            values = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0].split(", ")
+            report |= dict(zip(fields.split(","), values, strict=False))
+    return report
+
+
+def ceilings(args):
+    """A large copy, and large matrix products."""
+    device, side = ("cpu", 256) if args.dry else ("cuda", 8192)
+    report = {}
+    for name, dtype, tf32 in (
+        ("bfloat16", torch.bfloat16, True), ("tf32", torch.float32, True), ("float32", torch.float32, False)
+    ):  # fmt: skip
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        b = torch.empty_like(a)
+        ms = [benchmark.time_ms(lambda a=a, b=b: torch.mm(a, a, out=b), device) for _ in range(12)][2:]
+        report[f"{name}_tflops"] = round(2 * side**3 / 1e9 / statistics.median(ms), 2)
+    ms = [benchmark.time_ms(lambda: b.copy_(a), device) for _ in range(12)][2:]
+    return report | dict(copy_gb_per_s=round(2 * a.nbytes / 1e6 / statistics.median(ms), 1))
+
+
+def kernels(args):
+    """All Triton kernels of base, compiled side by side: seconds, and registers and spills of each."""
+    from models import launch
+
+    if args.dry:
+        return dict(works=triton_switch.triton_works("cuda"))
+    works = triton_switch.triton_works(torch.device("cuda"))
+    triton_switch.use_triton(True)
+    model, start = fcmae.convnextv2_base(norm_pix_loss=True).cuda(), time.perf_counter()
+    variants = launch.find_variants(model, (2, 3, 224, 224), torch.bfloat16)
+    launch.compile_variants(variants)
+    report, rows = dict(works=works, seconds=round(time.perf_counter() - start, 1)), []
+    for kernel, dtypes, sizes in variants.values():
+        compiled = kernel.warmup(*dtypes, grid=(1,), **sizes)
+        compiled._init_handles()
+        constants = {name: value for name, value in sizes.items() if name.isupper()}
+        rows.append(dict(kernel=kernel.__name__, registers=compiled.n_regs, spills=compiled.n_spills, **constants))
+    return report | dict(variants=rows)
+
+
+def kernels_are_right(args):
+    """The largest error of each operator against its reference in float64, relative to the largest value."""
+    from models import kernels, mlp_kernels
+
+    device, report = "cpu" if args.dry else "cuda", {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for operator, inputs in kernels.calls(device, dtype) + mlp_kernels.calls(device, dtype):
+            exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+            pairs = zip(flatten(operator(*inputs)), flatten(operator._init_fn(*exact)), strict=True)
+            gaps = [((x.double() - y).abs().max() / y.abs().max()).item() for x, y in pairs]
+            report[f"{operator._name} {str(dtype).removeprefix('torch.')}"] = max(gaps)
+    return report
+
+
+def flatten(x):
+    return [x] if torch.is_tensor(x) else list(x)
+
+
+def equals_dense_masked(args):
+    """A step of atto against the dense masked reference: float32 without TF32, and bfloat16 against its own error."""
+    given = settings(args, model="convnextv2_atto")
+    report, exact = {}, None
+    for dtype in ("float32", "bfloat16"):
+        results = {}
+        for contestant in ("dense masked", "packed"):
+            model = to_device(contestants.build_fcmae(given.model, contestant, given.input_size), given.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            generator = torch.Generator().manual_seed(1)
+            imgs = torch.randn(4, 3, given.input_size, given.input_size, generator=generator).to(given.device)
+            noise = torch.rand(4, model.num_patches(imgs), generator=generator).to(given.device)
+            with torch.autocast(given.device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = model(imgs, noise=noise)[0]
+            loss.backward()
+            results[contestant] = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+        exact = results["dense masked"] if exact is None else exact
+        gaps = {name: ((grad - exact).norm() / exact.norm()).item() for name, grad in results.items()}
+        report[f"{dtype}_error_of_packed"] = gaps["packed"]
+        report[f"{dtype}_error_of_dense"] = gaps["dense masked"]
+    equal = report["float32_error_of_packed"] < 1e-4
+    return report | dict(
+        float32_equal=equal,
+        bfloat16_as_good=report["bfloat16_error_of_packed"] < 2 * report["bfloat16_error_of_dense"] + 1e-3,
+    )
+
+
+def base_compiled(args):
+    return time_step(settings(args), "packed" if args.dry else "packed compiled")
+
+
+def base_eager(args):
+    return time_step(settings(args), "packed")
+
+
+def base_without_triton(args):
+    return time_step(settings(args), "packed without triton")
+
+
+def base_dense_masked(args):
+    return time_step(settings(args), "dense masked")
+
+
+def profile(args):
+    """Microseconds an image of three eager steps by class of kernel."""
+    given = settings(args)
+    step = contestants.make_step(given.model, "packed", given.batch_size, given)
+    for _ in range(3):
+        step()
+    activity = torch.profiler.ProfilerActivity.CPU if args.dry else torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(3):
+            step()
+        if not args.dry:
+            torch.cuda.synchronize()
+    classes = dict(gemm="gemm|cutlass|xmma|nvjet|mm", depthwise="_conv_kernel|_weight_grad_kernel", mlp="gelu")
+    report = dict.fromkeys([*classes, "other"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((k for k, words in classes.items() if any(w in event.key for w in words.split("|"))), "other")
+        report[kind] += event.self_cpu_time_total if args.dry else event.self_device_time_total
+    return {kind: round(total / 3 / given.batch_size, 2) for kind, total in report.items()}
+
+
+def depthwise(args):
+    """Microseconds an image of the depthwise convolution alone, forward and backward, by stage of base."""
+    from models.depthwise import sparse_depthwise_conv
+    from models.sites import active_sites
+
+    given, report = settings(args), {}
+    for stage, dim in enumerate((8, 8, 8, 8) if args.dry else (128, 256, 512, 1024)):
+        k = 8 >> stage
+        visible = torch.rand(given.batch_size, 49, device=given.device).argsort(1)[:, :19].sort().values
+        sites = active_sites(visible, (7, 7), k)
+        conv = to_device(torch.nn.Conv2d(dim, dim, 7, padding=3, groups=dim), given.device)
+        dtype = getattr(torch, given.dtype)
+        x = torch.randn(given.batch_size, 19 * k * k, dim, device=given.device, dtype=dtype, requires_grad=True)
+        conv.to(dtype)
+
+        def step(x=x, conv=conv, sites=sites):
+            y, _ = sparse_depthwise_conv(x, conv, sites)
+            y.backward(y)
+
+        times = [benchmark.time_ms(step, given.device) for _ in range(3 + given.steps)][3:]
+        report[f"stage_{stage + 1}"] = round(1e3 * statistics.median(times) / given.batch_size, 3)
+    return report
+
+
+def batch_sweep(args):
+    sizes = (1, 2) if args.dry else (64, 128, 512, 1024)
+    contestant = "packed" if args.dry else "packed compiled"
+    return {str(size): time_step(settings(args, batch_size=size, steps=5), contestant) for size in sizes}
+
+
+def synchronizations(args):
+    """What of an eager step waits for the device."""
+    import warnings
+
+    given = settings(args)
+    step = contestants.make_step(given.model, "packed", given.batch_size, given)
+    step()
+    if not args.dry:
+        torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    return dict(found=sorted({str(w.message).splitlines()[0] for w in caught if "synchroniz" in str(w.message)}))
+
+
+def resume(args):
+    """Digits in bfloat16 and float16: finite, and the same bits after a SIGKILL at the first checkpoint?"""
+    flags = "--data_set DIGITS --model convnextv2_atto --input_size 32 --stem_stride 1 --epochs 2 --warmup_epochs 1"
+    flags += f" --decoder_embed_dim 64 --batch_size 128 --num_workers 0 --device {settings(args).device}"
+    report = {}
+    for dtype in ("bfloat16",) if args.dry else ("bfloat16", "float16"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "main_pretrain.py", *flags.split(), "--use_amp", "--amp_dtype", dtype]
+            weights = []
+            for name in ("whole", "killed"):
+                output = Path(folder) / name
+                run = [*command, "--output_dir", str(output)]
+                if name == "killed":
+                    process = subprocess.Popen(run)
+                    while process.poll() is None and not (output / "checkpoint-0.pth").exists():
+                        time.sleep(0.01)
+                    process.kill()
+                    process.wait()
+                subprocess.run(run, check=True)
+                weights.append(torch.load(output / "checkpoint-1.pth", weights_only=True)["model"])
+            same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+            report[dtype] = dict(finite=all(w.isfinite().all().item() for w in weights[0].values()), same_bits=same)
+    return report
+
+
+def finetuning(args):
+    """Steps of fine-tuning beside timm's model, channels last."""
+    given = settings(args, part="finetune", batch_size=2 if args.dry else 128, steps=2 if args.dry else 10)
+    suffix = "" if args.dry else " compiled"
+    return {name: time_step(given, name) for name in (f"dense{suffix}", f"timm channels last{suffix}")}
+
+
+def ddp(args):
+    """One process and nccl: the gradients of a compiled step are those without DDP?"""
+    given = settings(args, model="convnextv2_atto", batch_size=4)
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "gloo" if args.dry else "nccl"
+        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+    model = to_device(fcmae.convnextv2_atto(img_size=given.input_size), given.device)
+    imgs = torch.randn(4, 3, given.input_size, given.input_size, device=given.device)
+    noise = torch.rand(4, model.num_patches(imgs), device=given.device)
+    expected = torch.autograd.grad(model(imgs, noise=noise, masked_only=True)[0], list(model.parameters()))
+    parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    parallel = parallel if args.dry else torch.compile(parallel)
+    parallel(imgs, noise=noise, masked_only=True)[0].backward()
+    gaps = [(p.grad - g).norm() / (g.norm() + 1e-12) for p, g in zip(model.parameters(), expected, strict=True)]
+    torch.distributed.destroy_process_group()
+    return dict(largest_error=torch.stack(gaps).max().item())
+
+
+def loader(args):
+    """Images a second from JPEGs of 500 x 375 on all cores, pre-training and fine-tuning."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    cores = 1 if args.dry else len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores) as pool:
+        rates = list(pool.map(load_on_one_core, range(cores), [args.dry] * cores))
+    return {name: round(sum(rate[name] for rate in rates), 1) for name in rates[0]}
+
+
+def load_on_one_core(number, dry):
+    from tools import loaders
+
+    torch.set_num_threads(1)
+    count, rates = (8, {}) if dry else (100, {})
+    with tempfile.TemporaryDirectory() as folder:
+        loaders.draw_jpegs(Path(folder) / "photographs", count, (60, 50) if dry else (500, 375))
+        for training in ("pre-training", "fine-tuning"):
+            steps = loaders.make_steps(training, Path(folder), 32 if dry else 224)
+            times = [benchmark.time_ms(steps["this loader"], "cpu") for _ in range(2 if dry else 6)][1:]
+            rates[training] = 1e3 * count / statistics.median(times)
+    return rates
+
+
+def minkowski(args):
+    """MinkowskiEngine's step of atto in float32, if it is there."""
+    given = settings(args, model="convnextv2_atto", dtype="float32", batch_size=2 if args.dry else 64, steps=2)
+    if reason := contestants.why_no_minkowski(given):
+        return dict(left_out=reason)
+    return {name: time_step(given, name) for name in ("packed", "minkowski")}
+
+
+CHECKS = {  # seconds at most
+    machine: 30, ceilings: 40, kernels: 150, kernels_are_right: 60, equals_dense_masked: 60, base_compiled: 200,
+    base_eager: 60, base_without_triton: 60, base_dense_masked: 90, profile: 60, depthwise: 60, synchronizations: 60,
+    resume: 180, finetuning: 240, ddp: 120, batch_sweep: 200, loader: 120, minkowski: 60,
+}  # fmt: skip
+
+
+# ---- Running them
+
+
+def run_here(check, args, path):
+    """In a process of its own: the check's result, or its error, to a file; what it prints to a log."""
+    os.setsid()  # so that whatever it starts can be ended with it
+    sys.stdout = sys.stderr = open(path.with_suffix(".log"), "w", buffering=1)
+    for number in (1, 2):  # what it starts writes there too
+        os.dup2(sys.stdout.fileno(), number)
+    if args.dry:
+        torch.set_num_threads(1)
+    else:
+        configure_cuda()
+    try:
+        outcome = dict(status="ok", result=check(args))
+    except Exception as error:
+        traceback.print_exc()
+        outcome = dict(status="failed", error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    path.write_text(json.dumps(outcome))
+
+
+def run_check(check, args, limit):
+    """The outcome of a check in a process of its own: status ok, failed, killed or timeout, its result, seconds."""
+    path, start = Path(args.output) / f"{check.__name__}.part", time.perf_counter()
+    # Where there is no CUDA yet to be disturbed a fork saves importing all again
+    process = multiprocessing.get_context("fork" if args.dry else "spawn").Process(
+        target=run_here, args=(check, args, path)
+    )
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        outcome = dict(status="timeout", error=f"not done after {limit:.0f} s")
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    elif path.exists():
+        outcome = json.loads(path.read_text())
+    else:
+        outcome = dict(status="killed", error=f"its process ended with status {process.exitcode}")
+    path.unlink(missing_ok=True)
+    return outcome | dict(seconds=round(time.perf_counter() - start, 1))
+
+
+def write_report(report, folder):
+    """FOLDER/report.json and report.md, each whole at any moment."""
+    for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.md", as_table(report))):
+        temporary = folder / f".{name}"
+        temporary.write_text(text)
+        temporary.replace(folder / name)
+
+
+def as_table(report):
+    lines = ["# GPU report" + (" (dry: a CPU in small, times mean nothing)" if report["dry"] else ""), ""]
+    lines += [f"* {verdict}" for verdict in report["verdicts"]] + [
+        "",
+        "| check | status | s | result |",
+        "| - | - | - | - |",
+    ]
+    for name, outcome in report["checks"].items():
+        text = outcome.get("error") or json.dumps(outcome.get("result", "")).replace("|", "/")
+        lines.append(f"| {name} | {outcome['status']} | {outcome['seconds']} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_verdicts(checks, dry):
+    """What the results mean, in lines; only of checks that gave one."""
+    results = {name: outcome["result"] for name, outcome in checks.items() if outcome["status"] == "ok"}
+    lines = [f"{name}: {o['status']}, {o.get('error', '')}" for name, o in checks.items() if o["status"] != "ok"]
+    speed = {name.removeprefix("base_"): r["images_per_s"] for name, r in results.items() if name.startswith("base_")}
+    if dry:
+        speed = {}  # of a CPU
+    if "compiled" in speed:
+        lines.append(f"{GOAL:,} img/s: {'yes' if speed['compiled'] >= GOAL else 'no'}, {speed['compiled']:,.0f}")
+    if "compiled" in speed and "ceilings" in results:
+        tops = results["ceilings"]
+        bound = MEGABYTES * 1e3 / tops["copy_gb_per_s"] + GFLOP * 1e3 / tops["bfloat16_tflops"]
+        lines.append(f"gap to bound {1e6 / speed['compiled'] / bound:.2f} ({1e6 / bound:,.0f} img/s)")
+    if "dense_masked" in speed and "compiled" in speed:
+        lines.append(f"{speed['compiled'] / speed['dense_masked']:.2f} times the speed of dense masked")
+    if "equals_dense_masked" in results:
+        r = results["equals_dense_masked"]
+        lines.append(f"equals dense masked: float32 {r['float32_equal']}, bfloat16 {r['bfloat16_as_good']}")
+    for dtype, r in results.get("resume", {}).items():
+        lines.append(f"killed and resumed in {dtype}: {'the same bits' if r['same_bits'] else 'OTHER BITS'}")
+    return lines
+
+
+def get_args_parser():
+    parser = flags.FlagParser(add_help=False)
+    add = parser.add_argument_group("what to report").add_argument
+    add("--output", required=True, metavar="FOLDER", help="where to write report.json, report.md and logs")
+    add("--budget", default=540, type=at_least(1), help="seconds for all checks; what does not fit is left out")
+    add("--dry", default=False, action=Switch, help="in small on the CPU, to see that everything runs")
+    add("--only", nargs="+", metavar="NAME", help="checks to run; None: all")
+    return parser
+
+
+def main(args):
+    names = [check.__name__ for check in CHECKS]
+    if args.only and not set(args.only) <= set(names):
+        raise UserError(f"--only {' '.join(args.only)}: must be among {', '.join(names)}")
+    if not args.dry and not torch.cuda.device_count():
+        raise UserError("no CUDA GPU is visible; --dry runs the checks in small on the CPU")
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    report, start = dict(dry=args.dry, budget=args.budget, verdicts=[], checks={}), time.perf_counter()
+    write_report(report, folder)
+    for check, limit in CHECKS.items():
+        if args.only and check.__name__ not in args.only:
+            continue
+        left = args.budget - (time.perf_counter() - start)
+        if left < 5:
+            outcome = dict(status="left out", error="the budget was spent", seconds=0)
+        else:
+            outcome = run_check(check, args, min(limit, left))
+        report["checks"][check.__name__] = outcome
+        report["verdicts"] = draw_verdicts(report["checks"], args.dry)
+        write_report(report, folder)
+        print(f"{check.__name__}: {outcome['status']}, {outcome['seconds']} s", flush=True)
+    print(*report["verdicts"], f"{folder / 'report.json'} has all of it", sep="\n")
+
+
+if __name__ == "__main__":
+    flags.run_script(main, get_args_parser(), __doc__)
