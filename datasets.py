@@ -18,7 +18,7 @@ from PIL import Image
 import flags
 import utils
 from flags import Switch, at_least, fraction
-from images import RandomCrop, Subset, build_images, check_color_mode, decode, pixel_statistics, try_open
+from images import RandomCrop, build_images, check_color_mode, decode, first_of_each_class, pixel_statistics, try_open
 from utils import UserError
 
 
@@ -124,7 +124,7 @@ def build_dataset(is_train, args, class_names=None):
     if not is_train:
         return EvalDataset(images, transform)
     if args.images_per_class:
-        images = Subset(images, args.images_per_class)
+        images = first_of_each_class(images, args.images_per_class)
     return TrainDataset(images, transform, args.seed)
 
 
@@ -151,7 +151,7 @@ def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     def build():
         train = build_images(data_set, data_path, "train", args.in_chans, flag=flag)
         val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, flag=flag)
-        return Subset(train, images_per_class) if images_per_class else train, val
+        return first_of_each_class(train, images_per_class) if images_per_class else train, val
 
     transform = build_eval_transform(args.input_size, args.in_chans)
     return [EvalDataset(images, transform) for images in utils.on_all_ranks(build)]

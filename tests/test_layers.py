@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
     models.utils models.sites models.kernels models.depthwise models.weights models.cost models.convnextv2
     models.convnextv2_sparse models.convnextv2_minkowski models.fcmae utils flags
-    images optim_factory run checkpoints
+    shards images optim_factory run checkpoints
     datasets
     evaluation engine_pretrain engine_finetune
     hooks
