@@ -4,7 +4,9 @@ Every random draw of a sample is a function of (seed, epoch, index, repeat), and
 epoch), whatever the number of workers and ranks; a run resumes at any step without a saved generator state.
 """
 
+import csv
 import functools
+import io
 import itertools
 import os
 import random
@@ -16,9 +18,20 @@ import torch
 from PIL import Image
 
 import flags
+import shards
 import utils
+from checkpoints import write_whole
 from flags import Switch, at_least, fraction
-from images import RandomCrop, build_images, check_color_mode, decode, first_of_each_class, pixel_statistics, try_open
+from images import (
+    RandomCrop,
+    build_images,
+    check_color_mode,
+    decode,
+    first_of_each_class,
+    pixel_statistics,
+    split_validation,
+    try_open,
+)
 from utils import UserError
 
 
@@ -38,6 +51,17 @@ def add_unlabelled_args(parser):
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     crops = "crops per decoded image, each with its own mask; must divide --batch_size"
     add("--repeated_sampling", default=1, type=at_least(1), help=crops)
+    add_source_args(add)
+
+
+def add_source_args(add):
+    """The flags of how a source of images is read."""
+    for name, meaning in (("path", "of a list"), ("image", "of a table"), ("label", ""), ("split", "train or val")):
+        default = getattr(shards.DEFAULTS, f"{name}_column")
+        help = " ".join(filter(None, (f"column of the {name} in a list, table or .json:", meaning))).rstrip(":")
+        add(f"--{name}_column", default=default, metavar="NAME", help=help)
+    kept = "where the index of a large data set is kept; None: beside the data, else in ~/.cache"
+    add("--index_dir", metavar="FOLDER", help=kept)
 
 
 def check_unlabelled_args(args):
@@ -61,6 +85,8 @@ def add_labelled_args(parser):
     add("--data_set", default="IMNET", choices=data_sets, help=meaning)
     add("--data_path", metavar="FOLDER", help="images; CIFAR is downloaded into it if missing")
     add("--eval_data_path", metavar="FOLDER", help="class folders to evaluate; None: val/ of --data_path")
+    held_out = "fraction of each class of --data_path to hold out for evaluation, drawn by --seed; 0: evaluate val/"
+    add("--val_fraction", default=0.0, type=flags.fraction_below_1, help=held_out)
     add("--nb_classes", type=at_least(1), help="expected number of classes; None: as many as the data has")
     add("--images_per_class", default=0, type=at_least(0), help="train on the first of each class only; 0: on all")
     statistics = "normalize by ImageNet's mean and standard deviation; false: by Inception's, 0.5 and 0.5"
@@ -68,6 +94,7 @@ def add_labelled_args(parser):
     center = "size of the center crop that is evaluated, as a fraction of the resized image; None: 0.875, and no crop"
     center += " for images of at most 32 or at least 384 pixels"
     add("--crop_pct", type=flags.fraction_above_0, help=center)
+    add_source_args(add)
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", type=at_least(0.0), help="strength, only with --aa none; None: no jitter")
@@ -96,6 +123,10 @@ def check_labelled_args(args):
         check_color_mode(args.in_chans, args.data_set)
     if args.data_set != "DIGITS" and not args.data_path and not (args.eval and args.eval_data_path):
         raise UserError("--data_path: give a folder of class folders, or --data_set DIGITS")
+    if args.val_fraction and args.eval_data_path:
+        raise UserError(
+            f"--val_fraction {args.val_fraction}: not with --eval_data_path, which has the images to evaluate"
+        )
     if args.eval:
         return
     if args.in_chans not in (1, 3) and (args.aa or args.color_jitter):
@@ -107,54 +138,99 @@ def check_labelled_args(args):
         raise UserError(f"--aa {args.aa}: not a policy of timm: {error}") from None
 
 
+def source_options(args):
+    return shards.Options(**{name: value for name, value in vars(args).items() if name in shards.Options._fields})
+
+
+def on_all_ranks(build):
+    """The image sets of build(), on the main rank first. Raises UserError unless all ranks have the same."""
+    sets = utils.on_all_ranks(lambda: utils.main_rank_first(build))
+    facts = utils.all_gather([(len(images), images.digest) for images in sets])
+    for rank, others in enumerate(facts):
+        for (count, digest), (other_count, other_digest) in zip(facts[0], others, strict=True):
+            if digest != other_digest:
+                different = f"{other_count} instead of {count}" if count != other_count else f"{count}, of other names"
+                raise UserError(
+                    f"rank {rank} has other images or classes than rank 0: {different} images; give all the same"
+                )
+    return sets
+
+
 def build_pretrain_dataset(args):
     """The `PretrainDataset` of the flags, on all ranks. Raises UserError as `build_images` does."""
-    images = utils.on_all_ranks(lambda: build_images(args.data_set, args.data_path, "train", args.in_chans, False))
+    source = args.data_set, args.data_path, "train", args.in_chans, False
+    (images,) = on_all_ranks(lambda: [build_images(*source, options=source_options(args))])
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
     return PretrainDataset(images, args.input_size, height * width, args.seed, args.scale, args.hflip)
 
 
 def build_dataset(is_train, args, class_names=None):
-    """The data set for training or evaluation. Raises UserError as `build_images` does."""
-    flag, path, split = "--data_path", args.data_path, "train" if is_train else "val"
+    """The data set for training or evaluation, on all ranks. Raises UserError as `build_images` does."""
+    (images,) = on_all_ranks(lambda: [build_labelled_images(is_train, args, class_names)])
+    transform = build_transform(is_train, args)
+    return TrainDataset(images, transform, args.seed) if is_train else EvalDataset(images, transform)
+
+
+def build_labelled_images(is_train, args, class_names=None):
+    """The image set for training or evaluation."""
+    flag, path, split = "--data_path", args.data_path, "train" if is_train or args.val_fraction else "val"
     if not is_train and args.eval_data_path:
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
-    images = build_images(args.data_set, path, split, args.in_chans, class_names=class_names, flag=flag)
-    transform = build_transform(is_train, args)
-    if not is_train:
-        return EvalDataset(images, transform)
-    if args.images_per_class:
-        images = first_of_each_class(images, args.images_per_class)
-    return TrainDataset(images, transform, args.seed)
+    data_set = (
+        "image_folder" if args.val_fraction and args.data_set == "IMNET" else args.data_set
+    )  # train/ or the whole
+    options = source_options(args)
+    images = build_images(data_set, path, split, args.in_chans, class_names=class_names, flag=flag, options=options)
+    if args.val_fraction:
+        images = split_validation(images, args.val_fraction, args.seed)[0 if is_train else 1]
+        if not len(images):
+            raise UserError(f"--val_fraction {args.val_fraction}: holds out no image, as no class has two")
+    return first_of_each_class(images, args.images_per_class) if is_train and args.images_per_class else images
+
+
+def write_validation_list(images, folder):
+    """validation.csv: path and label of the images that --val_fraction holds out."""
+    text = io.StringIO()
+    rows = ((os.path.abspath(images.name(i)), images.class_names[images.targets[i]]) for i in range(len(images)))
+    csv.writer(text).writerows([("path", "label"), *rows])
+    content = text.getvalue().encode(errors="surrogateescape")
+    write_whole(os.path.join(folder, "validation.csv"), lambda file: file.write(content))
 
 
 def build_labelled_sets(args, class_names=None):
     """On all ranks: training set (None with --eval), evaluation set (None with --disable_eval), names of classes."""
     train = evaluation = None
     if not args.eval:
-        train = utils.on_all_ranks(lambda: build_dataset(True, args))
+        train = build_dataset(True, args)
         class_names = train.images.class_names
+        if len(class_names) == 1:
+            raise UserError(
+                f"--data_path {args.data_path}: has one class only, {class_names[0]}: nothing to tell apart"
+            )
     if not args.disable_eval:
-        evaluation = utils.on_all_ranks(lambda: build_dataset(False, args, class_names))
+        evaluation = build_dataset(False, args, class_names)
         class_names = class_names or evaluation.images.class_names
     if args.nb_classes not in (None, len(class_names)):
         raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(class_names)} classes")
     if evaluation is not None and len(evaluation.images.class_names) != len(class_names):
         raise UserError(f"the data has {len(evaluation.images.class_names)} classes, the model {len(class_names)}")
+    if args.val_fraction and evaluation is not None and args.output_dir and utils.is_main_process():
+        write_validation_list(evaluation.images, args.output_dir)
     return train, evaluation, class_names
 
 
 def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     """Two `EvalDataset`s, to fit a probe and to test it, on all ranks. Raises UserError as `build_images` does."""
-    data_set = "DIGITS" if data_path == "DIGITS" else "IMNET"
+    data_set, options = "DIGITS" if data_path == "DIGITS" else "IMNET", source_options(args)
 
     def build():
-        train = build_images(data_set, data_path, "train", args.in_chans, flag=flag)
-        val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, flag=flag)
+        common = dict(flag=flag, options=options)
+        train = build_images(data_set, data_path, "train", args.in_chans, **common)
+        val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, **common)
         return first_of_each_class(train, images_per_class) if images_per_class else train, val
 
     transform = build_eval_transform(args.input_size, args.in_chans)
-    return [EvalDataset(images, transform) for images in utils.on_all_ranks(build)]
+    return [EvalDataset(images, transform) for images in on_all_ranks(build)]
 
 
 class EpochSampler(torch.utils.data.Sampler):

@@ -44,6 +44,7 @@ RECENT = (
 )
 DEFLATED = np.uint64(1 << 63)  # in an offset: a compressed member of a zip file
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+ALL_SPLITS = (*SPLITS["train"], *SPLITS["val"])
 ARCHIVES, LISTS, TABLES = (".tar", ".zip"), (".csv", ".tsv"), (".parquet", ".arrow")
 
 
@@ -149,6 +150,9 @@ def find_source(path, split, needed):
         if split and (tables := list_tables(root, split)):
             return Source("table", str(root), tables, split)
         found = root / split if needed and split else root
+    elif beside := [p.name for p in root.iterdir() if p.is_dir() and p.name.lower() not in (*ALL_SPLITS, found.name)]:
+        if beside := sorted(name for name in beside if not name.startswith(".")):
+            log(f"{root}: {found.name} is used; not {', '.join(beside[:4])}{', ...' * (len(beside) > 4)} beside it")
     if not found.exists():
         raise FileNotFoundError(found)
     if found.is_dir():
@@ -177,7 +181,7 @@ def list_tables(root, split):
     for prefix in SPLITS.get(split, ()):
         if chosen := tuple(name for name in names if of_split[name] == prefix):
             return chosen
-    return () if split and any(of_split[n] in sum(SPLITS.values(), ()) for n in names) else tuple(names)
+    return () if split and any(of_split[n] in ALL_SPLITS for n in names) else tuple(names)
 
 
 def expand_braces(text):
@@ -768,9 +772,9 @@ def assemble(listing):
     if groups and groups[0].offsets is not None:
         columns["offset"] = concatenate([group.offsets for group in groups], np.uint64)
         columns["size"] = concatenate([group.sizes for group in groups], np.uint32)
-    digest = hashlib.blake2b(json.dumps([class_names, [part[0] for part in listing.parts]]).encode(), digest_size=16)
-    for column in columns.values():
-        digest.update(column)
+    digest = hashlib.blake2b(json.dumps([class_names, *[group[:2] for group in groups]]).encode(), digest_size=16)
+    for name in sorted(columns.keys() - {"part"}):
+        digest.update(columns[name])
     meta = dict(parts=listing.parts, class_names=class_names, same=listing.same, digest=digest.hexdigest())
     return meta, columns
 
