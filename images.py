@@ -58,6 +58,9 @@ class ImageFolder:
     def open(self, index):
         return open_image(io.BytesIO(self.index.read(index)), self.in_chans, self.index.path_in_part(index))
 
+    def prefetch(self, start, stop):
+        self.index.prefetch(start, stop)
+
 
 class ClassFolders(ImageFolder):
     """The images of class folders or another source, with labels. class_names: the classes of the model, if it has any.
