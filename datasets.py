@@ -32,7 +32,7 @@ from images import (
     split_validation,
     try_open,
 )
-from utils import UserError
+from utils import TrainingError, UserError
 
 
 def add_loader_args(parser):
@@ -41,6 +41,10 @@ def add_loader_args(parser):
     add("--pin_mem", action=Switch, default=True, help="page-locked batches, which copy to a GPU faster")
     neighbors = f"blocks: {BLOCK} neighbors each, shuffled among {WINDOW}, for archives on slow disks"
     add("--shuffle", default="full", choices=("full", "blocks"), help=f"order of an epoch; {neighbors}")
+    stalled = (
+        "seconds without a batch after which loader workers count as stalled, and what they read is named; 0: never"
+    )
+    add("--data_timeout", default=900, type=at_least(0), help=stalled)
     add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
 
 
@@ -163,14 +167,17 @@ def build_pretrain_dataset(args):
     source = args.data_set, args.data_path, "train", args.in_chans, False
     (images,) = on_all_ranks(lambda: [build_images(*source, options=source_options(args))])
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
-    return PretrainDataset(images, args.input_size, height * width, args.seed, args.scale, args.hflip)
+    patches = height * width
+    return PretrainDataset(images, args.input_size, patches, args.seed, args.scale, args.hflip, args.max_bad_images)
 
 
 def build_dataset(is_train, args, class_names=None):
     """The data set for training or evaluation, on all ranks. Raises UserError as `build_images` does."""
     (images,) = on_all_ranks(lambda: [build_labelled_images(is_train, args, class_names)])
     transform = build_transform(is_train, args)
-    return TrainDataset(images, transform, args.seed) if is_train else EvalDataset(images, transform)
+    if not is_train:
+        return EvalDataset(images, transform)
+    return TrainDataset(images, transform, args.seed, args.max_bad_images)
 
 
 def build_labelled_images(is_train, args, class_names=None):
@@ -340,22 +347,40 @@ def block_shift(count, *key):
     return utils.derive_seed(*key, 0, 0) % count
 
 
-def read_or_next(images, index, read):
-    """read(opened image) of this index, or of the next that can be read; its index; names of those that cannot."""
+opening = None  # in a loader worker: where it notes the image that it opens, and its place there
+
+
+def open_and_read(images, index, read):
+    """As `images.try_open`; a worker notes the image before, so that one that stalls can be named."""
+    if opening is not None:
+        opening[0][opening[1]] = index
+    return try_open(images, index, read)
+
+
+def read_or_next(images, index, read, max_bad_images):
+    """read(opened image) of this index, or of the next that can be read; its index; names of those that cannot.
+
+    Raises UserError at once for more than max_bad_images in a row: a disk that is gone costs no search of all images.
+    """
     unreadable = []
-    for number in itertools.chain(range(index, len(images)), range(index)):
-        result, error = try_open(images, number, read)
+    for number in itertools.islice(itertools.chain(range(index, len(images)), range(index)), max_bad_images + 1):
+        result, error = open_and_read(images, number, read)
         if error is None:
             return result, number, unreadable
         unreadable.append(error)
-    raise OSError(f"none of the {len(images)} images can be read any more; the first: {unreadable[0]}")
+    if len(unreadable) > max_bad_images:
+        problem = f"{len(unreadable)} images in a row could not be read, --max_bad_images is {max_bad_images}"
+    else:
+        problem = f"none of the {len(images)} images can be read any more"
+    raise UserError(f"{problem}; the first: {unreadable[0]}")
 
 
 class PretrainDataset(torch.utils.data.Dataset):
     """dataset[epoch, index, repeat]: a random crop (C, H, W) uint8, mask noise (L,), names of unreadable files."""
 
-    def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5):
+    def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, max_bad_images=100):
         self.images, self.num_patches, self.seed, self.hflip = images, num_patches, seed, hflip
+        self.max_bad_images = max_bad_images
         self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, fast=True)
 
     def __getitem__(self, key):
@@ -367,7 +392,7 @@ class PretrainDataset(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=()):  # `draw` seeds torch's generator alone
             for (_, index), group in itertools.groupby(keys, key=lambda key: key[:2]):
                 read = functools.partial(self.read, keys=list(group))
-                crops, _, unreadable = read_or_next(self.images, index, read)
+                crops, _, unreadable = read_or_next(self.images, index, read, self.max_bad_images)
                 samples += [(*crop, [] if number else unreadable) for number, crop in enumerate(crops)]  # named once
         return samples
 
@@ -387,8 +412,8 @@ class PretrainDataset(torch.utils.data.Dataset):
 class TrainDataset(torch.utils.data.Dataset):
     """dataset[epoch, index, repeat]: an augmented image (C, H, W) uint8, class, index, names of unreadable files."""
 
-    def __init__(self, images, transform, seed):
-        self.images, self.seed = images, seed
+    def __init__(self, images, transform, seed, max_bad_images=100):
+        self.images, self.seed, self.max_bad_images = images, seed, max_bad_images
         self.read, self.augment = transform.transforms
 
     def __getitem__(self, key):
@@ -409,7 +434,7 @@ class TrainDataset(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        image, index, unreadable = read_or_next(self.images, key[1], self.read)
+        image, index, unreadable = read_or_next(self.images, key[1], self.read, self.max_bad_images)
         return self.augment(image), int(self.images.targets[index]), index, unreadable
 
 
@@ -424,7 +449,7 @@ class EvalDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        image, error = try_open(self.images, index, self.read)
+        image, error = open_and_read(self.images, index, self.read)
         if error is not None:
             return None, None, None, [error]
         return self.resize(image), int(self.images.targets[index]), index, []
@@ -518,31 +543,85 @@ def build_train_loader(dataset, args, device, repeats=1):
             f"{count} images make no whole step of {args.batch_size * args.update_freq * world_size} "
             f"(--batch_size {args.batch_size} x --update_freq {args.update_freq} x {world_size} ranks)"
         )
-    return build_loader(dataset, sampler, args, device), sampler
+    return Loader(dataset, sampler, args, device), sampler
 
 
 def build_eval_loader(dataset, args, device, divided=True):
     """The loader of this rank's share of an evaluation set, no image twice; divided False: of all of it."""
     rank, world_size = (utils.get_rank(), utils.get_world_size()) if divided else (0, 1)
     indices = range(rank, len(dataset), world_size)
-    return build_loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
+    return Loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
 
 
-def build_loader(dataset, batch_sampler, args, device):
-    workers = min(args.num_workers, len(os.sched_getaffinity(0)))
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=(Batch if isinstance(dataset, PretrainDataset) else LabelledBatch).collate,
-        num_workers=workers,
-        pin_memory=args.pin_mem and torch.device(device).type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=ignore_stop_signals,
-        generator=torch.Generator(),  # else each epoch would draw from the global one
-    )
+class Collated(torch.utils.data.Dataset):
+    """Whole batches of a data set by their keys; a UserError is returned, as a worker would add its traceback to it."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.collate = (Batch if isinstance(dataset, PretrainDataset) else LabelledBatch).collate
+
+    def __getitems__(self, keys):
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                return self.collate(self.dataset.__getitems__(keys))
+            return self.collate([self.dataset[key] for key in keys])
+        except UserError as error:
+            return error
 
 
-def ignore_stop_signals(worker):
-    """In a worker: the main process needs its workers until it has saved."""
+class Loader(torch.utils.data.DataLoader):
+    """Batches of a data set. opening: (workers,) int64, shared: the image that each worker has opened last.
+
+    Raises UserError for more than max_bad_images unreadable ones of an evaluation, and what the data set raises;
+    TrainingError if no batch comes within --data_timeout seconds.
+    """
+
+    def __init__(self, dataset, batch_sampler, args, device):
+        workers = min(args.num_workers, len(os.sched_getaffinity(0)))
+        self.images, self.evaluates = dataset.images, isinstance(dataset, EvalDataset)
+        self.max_bad_images = args.max_bad_images
+        self.opening = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
+        super().__init__(
+            Collated(dataset),
+            batch_sampler=batch_sampler,
+            collate_fn=return_it,
+            num_workers=workers,
+            pin_memory=args.pin_mem and torch.device(device).type == "cuda",
+            timeout=args.data_timeout if workers else 0,
+            persistent_workers=workers > 0,
+            worker_init_fn=functools.partial(init_worker, self.opening),
+            generator=torch.Generator(),  # else each epoch would draw from the global one
+        )
+
+    def __iter__(self):
+        batches, unreadable = super().__iter__(), []
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                names = ", ".join(sorted({self.images.name(index) for index in self.opening.tolist() if index >= 0}))
+                problem = f"no batch came within --data_timeout {self.timeout:g} seconds"
+                raise TrainingError(f"{problem}; the loader workers read {names or 'nothing yet'}") from None
+            if batch is None:
+                return
+            if isinstance(batch, UserError):
+                raise batch
+            unreadable += batch.unreadable if self.evaluates else []
+            if len(unreadable) > self.max_bad_images:
+                problem = f"{len(unreadable)} images could not be read, --max_bad_images is {self.max_bad_images}"
+                raise UserError(f"{problem}; the first: {unreadable[0]}")
+            yield batch
+
+
+def return_it(batch):
+    return batch
+
+
+def init_worker(noted, worker):
+    """In a worker: note what it opens; ignore stop signals, as the main process needs it until it has saved."""
+    global opening
+    opening = noted, worker
     for signum in utils.STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -402,7 +402,8 @@ class StopOnSignal(Hook):
     """After a signal that a scheduler sends before it takes the machine: save and stop, on all ranks at one step.
 
     The signal is only noted; the step under way is finished first, so nothing is cut short, however many signals come.
-    Ranks agree every `PATIENCE` seconds or so, not every step. Raises `utils.Stopped`.
+    Ranks agree every `PATIENCE` seconds or so, not every step. A single process that waits for its loader workers does
+    not go on waiting: it saves the steps that are done. Raises `utils.Stopped`.
     """
 
     PATIENCE = 2.0
@@ -413,12 +414,18 @@ class StopOnSignal(Hook):
         self.every = self.left = 1  # steps between two agreements, and those left
 
     def on_start(self, run):
+        self.run = run
         self.previous = {signum: signal.signal(signum, self.note) for signum in utils.STOP_SIGNALS}
         self.agreed = time.perf_counter()
         run.stop_requested = lambda: bool(self.received)
 
     def note(self, signum, frame):
-        self.received = self.received or signum
+        first, self.received = not self.received, self.received or signum
+        run = self.run
+        if first and run.waiting is not None and not dist.is_initialized():
+            del run.unread_losses[len(run.unread_losses) - run.waiting :]  # of the step that is not done
+            run.waiting = None
+            self.stop_if_requested(run, step=run.step)
 
     def on_step(self, run):
         self.left -= 1

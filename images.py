@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 import shards
@@ -242,7 +242,10 @@ def open_image(file, in_chans, name=None):
         return contextlib.nullcontext(torch.from_numpy(array).permute(2, 0, 1))
     if in_chans not in COLOR_MODES:
         raise ValueError(f"image files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays have others")
-    return Image.open(file)
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("not an image in a format that Pillow reads") from None
 
 
 def try_open(images, index, read):

@@ -73,6 +73,7 @@ class Run:
         self.lr = 0.0
         self.metrics = {}  # numbers of this epoch, by their names in log.txt
         self.evaluations = {}  # the last `Evaluation`s: "" of the model, "_ema" of the EMA weights
+        self.waiting = None  # while the step waits for loader workers: how many of its batches are done
         self.given_up = False  # whether an evaluation or probe was interrupted by a signal
         self.stop_requested = lambda: False  # whether a signal came: then evaluations give up
         self.watched = [f"{watch}{suffix}" for suffix in (["", "_ema"] if watch_ema else [""])] if watch else []

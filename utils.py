@@ -75,6 +75,7 @@ def run_main(main, args, name):
         leave_process_group()
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
+        shutdown_workers()  # one may be stalled
         requeue(stopped)
         sys.exit(STOPPED if stopped.saved else 128 + stopped.signum)
     except Exception:

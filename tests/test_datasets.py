@@ -139,10 +139,11 @@ def test_workers_do_not_change_batches(image_folder, workers):
 
 def test_workers_ignore_the_signals_of_a_scheduler():
     handlers = {signum: signal.getsignal(signum) for signum in utils.STOP_SIGNALS}
-    datasets.ignore_stop_signals(0)
+    datasets.init_worker(None, 0)
     assert all(signal.getsignal(signum) == signal.SIG_IGN for signum in handlers)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+    datasets.opening = None
 
 
 # ---------------------------------------------------------------- order
@@ -295,7 +296,7 @@ def test_a_truncated_jpeg_is_reported_wherever_it_ends(tmp_path):
     for end in (0, 2, 100, 700, len(whole) // 2, len(whole) - 200, len(whole) - 2, len(whole) - 1):
         (tmp_path / "a.jpg").write_bytes(whole[:end])
         for dataset in readers:
-            with pytest.raises(OSError, match="none of the 1 images can be read any more; the first: .*a.jpg"):
+            with pytest.raises(UserError, match="none of the 1 images can be read any more; the first: .*a.jpg"):
                 dataset[0, 0, 0]
 
 
