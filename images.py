@@ -98,7 +98,7 @@ class ImageArrays:
     def __init__(self, arrays, names, targets, class_names, in_chans):
         self.arrays, self.names, self.in_chans = arrays, names, in_chans
         self.targets, self.class_names = np.asarray(targets), list(class_names)
-        self.digest = hash_arrays(np.asarray(arrays), self.targets)
+        self.digest = f"{len(arrays)} {hash_arrays(arrays[:1], arrays[-1:], self.targets)} {self.class_names}"
 
     def __len__(self):
         return len(self.arrays)
@@ -107,7 +107,26 @@ class ImageArrays:
         return self.names[index]
 
     def open(self, index):
-        return Image.fromarray(self.arrays[index]).convert(COLOR_MODES[self.in_chans])
+        return open_array(self.arrays[index], self.in_chans)
+
+
+class ArrayFile(ImageArrays):
+    """The images of an .npy or .npz file or of MNIST's files, whose labels are numbers, see `shards.read_arrays`."""
+
+    def __init__(self, source, in_chans, class_names=None):
+        arrays, labels = shards.read_arrays(source)
+        self.source, self.is_labelled = source, labels is not None
+        labels = np.zeros(len(arrays), dtype=np.int64) if labels is None else labels
+        numbers, targets = np.unique(labels, return_inverse=True)
+        names = list(map(str, numbers)) if class_names is None else list(class_names)
+        unknown = [str(number) for number in numbers if str(number) not in names]
+        if unknown:
+            raise UserError(f"{source}: class {unknown[0]} is not among the {len(names)} classes of the model")
+        numbers = np.array([names.index(str(number)) for number in numbers], dtype=np.int64)
+        super().__init__(arrays, None, numbers[targets], names, in_chans)
+
+    def name(self, index):
+        return f"{self.source}, image {index}"
 
 
 class Digits(ImageArrays):
@@ -196,8 +215,10 @@ def build_images(
     """
     if data_set == "DIGITS":
         return Digits(split == "train", in_chans)
-    if data_set in ("CIFAR", "CIFAR10"):
-        num_classes = 100 if data_set == "CIFAR" else 10
+    cifars = {10: data_set == "CIFAR10" or (Path(path) / "cifar-10-batches-py").is_dir()}
+    cifars |= {100: data_set == "CIFAR" or (Path(path) / "cifar-100-python").is_dir()}
+    if any(cifars.values()):
+        num_classes = 10 if data_set == "CIFAR10" or not cifars[100] else 100
         return utils.main_rank_first(lambda: Cifar(num_classes, path, split == "train", in_chans))
     accepted = "a folder with a folder of images for each class" if labelled else "a folder of images"
     try:
@@ -246,6 +267,17 @@ def open_image(file, in_chans, name=None):
         return Image.open(file)
     except UnidentifiedImageError:
         raise UnidentifiedImageError("not an image in a format that Pillow reads") from None
+
+
+def open_array(array, in_chans):
+    """As `open_image`, of an array (H, W), or (H, W, C); 16-bit and float only if gray, which `decode` scales."""
+    array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if array.ndim == 3 and array.shape[2] not in COLOR_MODES:
+        if array.dtype != np.uint8 or array.shape[2] != in_chans:
+            raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
+        return contextlib.nullcontext(torch.from_numpy(np.array(array)).permute(2, 0, 1))
+    image = Image.fromarray(array)
+    return image.convert(COLOR_MODES[in_chans]) if array.dtype == np.uint8 else image
 
 
 def try_open(images, index, read):

@@ -46,7 +46,12 @@ RECENT = (
 DEFLATED = np.uint64(1 << 63)  # in an offset: a compressed member of a zip file
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 ALL_SPLITS = (*SPLITS["train"], *SPLITS["val"])
-ARCHIVES, LISTS, TABLES = (".tar", ".zip"), (".csv", ".tsv"), (".parquet", ".arrow")
+ARCHIVES, LISTS, TABLES, ARRAYS = (".tar", ".zip"), (".csv", ".tsv"), (".parquet", ".arrow"), (".npy", ".npz")
+KINDS = {
+    suffix: kind
+    for kind, suffixes in dict(archive=ARCHIVES, list=LISTS, table=TABLES, array=ARRAYS).items()
+    for suffix in suffixes
+}
 
 
 class Options(NamedTuple):
@@ -63,7 +68,7 @@ DEFAULTS = Options()
 
 
 class Source(NamedTuple):
-    """kind: folder (of images, or of archives), archive, list or table. files: relative to root; none for a folder."""
+    """kind: folder (of images, or of archives), archive, list, table, array. files: in root; none for a folder."""
 
     kind: str
     root: str
@@ -144,12 +149,17 @@ def find_source(path, split, needed):
     root = Path(path)
     if "{" in root.name and not root.exists():
         return Source("archive", str(root.parent), tuple(expand_braces(root.name)))
-    if root.suffix.lower() in LISTS + TABLES and root.is_file():
-        return Source("list" if root.suffix.lower() in LISTS else "table", str(root.parent), (root.name,), split)
-    found = next(find_split(root, split), None) if split else None
+    if root.is_file() and root.suffix.lower() in KINDS:
+        kind = KINDS[root.suffix.lower()]
+        if split == "val" and (kind == "archive" or root.suffix.lower() == ".npy"):
+            raise FileNotFoundError(root / split)  # such a file has one split
+        return Source(kind, str(root.parent), (root.name,), split)
+    found = find_split(root, split) if split else None
     if found is None:
+        if split and (files := find_mnist(root, split)):
+            return Source("array", str(root), files)
         if split and (tables := list_tables(root, split)):
-            return Source("table", str(root), tables, split)
+            return Source("table", str(root), *tables)
         found = root / split if needed and split else root
     elif beside := [p.name for p in root.iterdir() if p.is_dir() and p.name.lower() not in (*ALL_SPLITS, found.name)]:
         if beside := sorted(name for name in beside if not name.startswith(".")):
@@ -157,32 +167,40 @@ def find_source(path, split, needed):
     if not found.exists():
         raise FileNotFoundError(found)
     if found.is_dir():
-        tables = list_tables(found, split)
-        return Source("table", str(found), tables, split) if tables else Source("folder", str(found))
-    kinds = {**dict.fromkeys(ARCHIVES, "archive"), **dict.fromkeys(LISTS, "list"), **dict.fromkeys(TABLES, "table")}
-    if found.suffix.lower() not in kinds:
+        tables = list_tables(found, "")
+        return Source("table", str(found), *tables) if tables else Source("folder", str(found))
+    if found.suffix.lower() not in KINDS:
         raise NotADirectoryError(found)
-    return Source(kinds[found.suffix.lower()], str(found.parent), (found.name,))
+    return Source(KINDS[found.suffix.lower()], str(found.parent), (found.name,))
 
 
 def find_split(root, split):
-    """Paths below root that are this split: folders, archives, lists and tables of its name."""
-    for name in SPLITS[split][:-1] if split == "val" else SPLITS[split]:
-        for suffix in ("", *ARCHIVES, *LISTS, *TABLES):
-            if (root / f"{name}{suffix}").exists():
-                yield root / f"{name}{suffix}"
+    """The folder or file below root that is this split by its name, or None."""
+    names = [name for name in SPLITS[split] if name != "test"]
+    return next(filter(Path.exists, (root / f"{name}{suffix}" for name in names for suffix in ("", *KINDS))), None)
+
+
+def find_mnist(root, split):
+    """MNIST's files of images and labels in a folder, packed or not, or ()."""
+    stem = "train" if split == "train" else "t10k"
+    for folder in ("", "raw/", "MNIST/raw/"):
+        for suffix in ("", ".gz"):
+            files = tuple(f"{folder}{stem}-{what}-ubyte{suffix}" for what in ("images-idx3", "labels-idx1"))
+            if all((root / file).exists() for file in files):
+                return files
+    return ()
 
 
 def list_tables(root, split):
-    """The Parquet and Arrow files of a Hugging Face data set, as the hub and `save_to_disk` lay them out."""
-    names = sorted(str(p.relative_to(root)) for p in [*root.glob("*"), *root.glob("data/*")] if p.suffix in TABLES)
+    """(files, split to choose by a column) of Parquet and Arrow files as Hugging Face's hub and library lay them out."""
     if (root / "state.json").exists():  # of save_to_disk: the files that count
-        return tuple(file["filename"] for file in json.loads((root / "state.json").read_text())["_data_files"])
-    of_split = {name: re.match(r"[a-z]*", os.path.basename(name))[0] for name in names}
-    for prefix in SPLITS.get(split, ()):
-        if chosen := tuple(name for name in names if of_split[name] == prefix):
-            return chosen
-    return () if split and any(of_split[n] in ALL_SPLITS for n in names) else tuple(names)
+        return tuple(file["filename"] for file in json.loads((root / "state.json").read_text())["_data_files"]), split
+    files = sorted(str(p.relative_to(root)) for p in [*root.glob("*"), *root.glob("data/*")] if p.suffix in TABLES)
+    splits = [re.match(r"[a-z]*", os.path.basename(file))[0] for file in files]
+    for name in SPLITS.get(split, ()):
+        if name in splits:
+            return tuple(file for file, other in zip(files, splits, strict=True) if other == name), ""
+    return (tuple(files), split) if files and not set(splits) & set(ALL_SPLITS) else ()
 
 
 def expand_braces(text):
@@ -529,7 +547,7 @@ def list_table(source, options):
         count = table.num_rows if hasattr(table, "num_rows") else table.metadata.num_rows
         labels = read_column(table, options.label_column) if label is not None else [None] * count
         splits = read_column(table, options.split_column) if split is not None else None
-        chosen = choose_split(source, splits) if splits is not None else None
+        chosen = choose_split(source, splits)
         is_struct = (
             hasattr(schema.field(image).type, "fields") and schema.field(image).type.get_field_index("path") >= 0
         )
@@ -593,6 +611,54 @@ def read_row(path, row, column):
     if not isinstance(value, bytes):
         raise ValueError(f"column {column} holds no bytes")
     return value
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def read_arrays(source):
+    """Images (n, H, W) or (n, H, W, C) and labels (n,), or None, of .npy and .npz files and of MNIST's.
+
+    .npy: mapped; labels in NAME_labels.npy. .npz: the arrays train_images and train_labels, as of MedMNIST, x_train and
+    y_train, as of Keras, images and labels, or x and y. Raises UserError for other contents.
+    """
+    path = os.path.join(source.root, source.files[0])
+    try:
+        if len(source.files) == 2:
+            images, labels = (read_idx(os.path.join(source.root, file)) for file in source.files)
+        elif path.lower().endswith(".npy"):
+            labels = f"{path[:-4]}_labels.npy"
+            images, labels = np.load(path, mmap_mode="r"), np.load(labels) if os.path.exists(labels) else None
+        else:
+            with np.load(path) as file:
+                splits = SPLITS.get(source.split, ()) if source.split else ()
+                pairs = [(f"{split}_images", f"{split}_labels") for split in splits]
+                pairs += [(f"x_{split}", f"y_{split}") for split in splits] + [("images", "labels"), ("x", "y")]
+                names = next((pair for pair in pairs if pair[0] in file), None)
+                if names is None:
+                    raise ValueError(f"has the arrays {', '.join(file)}; must have {' or '.join(p[0] for p in pairs)}")
+                images, labels = file[names[0]], file[names[1]] if names[1] in file else None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: {error}") from None
+    labels = None if labels is None else labels.reshape(-1)
+    if (
+        images.ndim not in (3, 4)
+        or labels is not None
+        and (len(labels) != len(images) or labels.dtype.kind not in "iu")
+    ):
+        shapes = f"{images.shape} and labels {None if labels is None else labels.shape}"
+        raise UserError(f"{path}: images {shapes}: must be (n, height, width) or (n, height, width, channels) and (n,)")
+    return images, labels
+
+
+def read_idx(path):
+    """The bytes of an IDX file, as MNIST's are, in their shape."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        data = file.read()
+    if data[:3] != b"\0\0\x08":
+        raise ValueError("not an IDX file of bytes")
+    shape = np.frombuffer(data, dtype=">u4", offset=4, count=data[3])
+    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
 # ---------------------------------------------------------------- the index
