@@ -77,9 +77,7 @@ class ClassFolders(ImageFolder):
             beside = "has no label" if self.source.files else "lies beside the class folders; give one folder a class"
             raise UserError(f"{self.source}: {name} {beside}")
         for names in index.meta["same"]:
-            raise UserError(
-                f"{self.source}: the classes {' and '.join(names)} are links to one folder; keep one of them"
-            )
+            raise UserError(f"{self.source}: the classes {' and '.join(names)} are one folder; keep one of them")
         self.class_names = list(index.class_names if class_names is None else class_names)
         numbers = {name: number for number, name in enumerate(self.class_names)}
         unknown = sorted(set(index.class_names) - set(numbers))
@@ -219,7 +217,7 @@ def build_images(
     cifars |= {100: data_set == "CIFAR" or (Path(path) / "cifar-100-python").is_dir()}
     if any(cifars.values()):
         num_classes = 10 if data_set == "CIFAR10" or not cifars[100] else 100
-        return utils.main_rank_first(lambda: Cifar(num_classes, path, split == "train", in_chans))
+        return Cifar(num_classes, path, split == "train", in_chans)
     accepted = "a folder with a folder of images for each class" if labelled else "a folder of images"
     try:
         source = shards.find_source(path, split, needed=data_set == "IMNET" or split == "val")
@@ -227,9 +225,15 @@ def build_images(
         problem = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
         subfolder = "" if Path(str(error)) == Path(path) else f" {error}"
         raise UserError(f"{flag} {path}: {problem}{subfolder}; give {accepted}, or --data_set DIGITS") from None
-    images = (
-        ClassFolders(source, in_chans, class_names, options) if labelled else ImageFolder(source, in_chans, options)
-    )
+    if source.kind == "array":
+        images = ArrayFile(source, in_chans, class_names)
+        if labelled and not images.is_labelled:
+            raise UserError(f"{flag} {source}: has no labels; give them as NAME_labels.npy, or in an .npz file")
+        images = Subset(images, np.argsort(images.targets, kind="stable"))  # in the order of folders
+    elif labelled:
+        images = ClassFolders(source, in_chans, class_names, options)
+    else:
+        images = ImageFolder(source, in_chans, options)
     if not len(images):
         raise UserError(f"{flag} {source}: no image there; give {accepted}: files that Pillow reads, or .npy")
     errors = []

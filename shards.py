@@ -192,7 +192,7 @@ def find_mnist(root, split):
 
 
 def list_tables(root, split):
-    """(files, split to choose by a column) of Parquet and Arrow files as Hugging Face's hub and library lay them out."""
+    """(files, split to choose by a column) of Parquet and Arrow files as Hugging Face's hub and library have them."""
     if (root / "state.json").exists():  # of save_to_disk: the files that count
         return tuple(file["filename"] for file in json.loads((root / "state.json").read_text())["_data_files"]), split
     files = sorted(str(p.relative_to(root)) for p in [*root.glob("*"), *root.glob("data/*")] if p.suffix in TABLES)
@@ -323,8 +323,7 @@ def list_archives(root, files, extensions, progress, options, listing=None):
             new = list(progress.track(found, progress.done + len(inner), lambda result: result.names.count("\0") + 1))
             results, inner = results + new, [unit for result in new for unit in result.inner]
     listing.left_out += [line for result in results for line in result.left_out]
-    results = [result for result in results if result.names]
-    name_classes(results, [listing.parts[result.part][0] for result in results], listing)
+    name_classes([result for result in results if result.names], files, listing)
     return listing
 
 
@@ -389,10 +388,10 @@ def name_classes(results, files, listing):
     listing.labelled = labelled = any(result.labels for result in results)
     by_stem = not labelled and len(stems) > 1 and not numbered
     shared = "" if labelled or by_stem else shared_folder(results)
-    for result, file in zip(results, files, strict=True):
+    for result in results:
         names = result.names.split("\0")
         if by_stem:
-            labels = itertools.repeat(stems[file])
+            labels = itertools.repeat(stems[listing.parts[result.part][0]])
         elif labelled:
             labels = result.labels or itertools.repeat(None)
         else:
@@ -403,7 +402,7 @@ def name_classes(results, files, listing):
 def shared_folder(results):
     """The folder, as "a/b/", below which all images lie in folders of their own."""
     folders = {os.path.dirname(name) for result in results for name in result.names.split("\0")}
-    shared = os.path.commonpath(folders) if all(folders) else ""
+    shared = os.path.commonpath(folders) if folders and all(folders) else ""
     shared = os.path.dirname(shared) if shared in folders else shared
     return f"{shared}/" if shared else ""
 
