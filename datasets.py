@@ -607,7 +607,7 @@ class Loader(torch.utils.data.DataLoader):
             if batch is None:
                 return
             if isinstance(batch, UserError):
-                raise batch
+                raise UserError(str(batch))  # itself it would hold this frame, which holds it, and with it the workers
             unreadable += batch.unreadable if self.evaluates else []
             if len(unreadable) > self.max_bad_images:
                 problem = f"{len(unreadable)} images could not be read, --max_bad_images is {self.max_bad_images}"
