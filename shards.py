@@ -279,7 +279,7 @@ def scan_folder(root, extensions, task):
                         scan.folders.append(name)
                 elif suffix in extensions:
                     scan.odd.append(name)
-                elif suffix in ARCHIVES:
+                elif suffix in ARCHIVES and entry.is_file():
                     scan.archives.append(name)
     except OSError as error:
         raise UserError(f"{path}: cannot be listed: {error.strerror}; make it readable, or move it away") from None
@@ -382,9 +382,8 @@ def read_label(data, suffix, label_column):
 def name_classes(results, files, listing):
     """Add the groups of `Members` to a listing, with the classes as `list_archives` says; files: their archives."""
     stems = {file: os.path.splitext(os.path.basename(file))[0] for file in files}
-    numbers = sorted(re.sub(r"^.*?(\d*)$", r"\1", stem) for stem in stems.values())
-    numbered = len({re.sub(r"\d+$", "", stem) for stem in stems.values()}) == 1 and all(numbers)
-    numbered = numbered and [int(number) for number in numbers] == list(range(len(numbers)))
+    prefixes, numbers = zip(*[re.fullmatch(r"(.*?)(\d*)", stem).groups() for stem in stems.values()], strict=True)
+    numbered = len(set(prefixes)) == 1 and sorted(int(number or -1) for number in numbers) == list(range(len(files)))
     listing.labelled = labelled = any(result.labels for result in results)
     by_stem = not labelled and len(stems) > 1 and not numbered
     shared = "" if labelled or by_stem else shared_folder(results)
@@ -420,7 +419,9 @@ def walk_tar(descriptor, start, end):
         if header[257:262] != b"ustar" and not has_checksum(header):
             raise ValueError(f"not a tar file, or damaged, from byte {position} on")
         kind, offset = header[156:157], position + 512
-        size = int(pax.get("size", 0)) or parse_size(header[124:136])
+        size = 0 if kind in b"123456" else int(pax.get("size", 0)) or parse_size(header[124:136])
+        if size < 0:
+            raise ValueError(f"a member of size {size} at byte {position}")
         position = offset + -(-size // 512) * 512
         if offset + size > end:
             raise ValueError(f"cut short: a member ends at byte {offset + size} of {end}")
@@ -796,8 +797,8 @@ def find_index(source, options, places, say=False):
         try:
             meta = json.loads((path / "meta.json").read_text())
             with ThreadPoolExecutor(THREADS) as pool:
-                states = pool.map(lambda part: state_of(source.root, part[0]), meta["parts"])
-                current = all([*state, True] == part[1:] for state, part in zip(states, meta["parts"], strict=True))
+                shares = (meta["parts"][number::THREADS] for number in range(THREADS))
+                current = all(pool.map(functools.partial(is_current, source.root), shares))
             if current:
                 return Index(source, options, meta, load_columns(path), path)
             reason = "the images have changed"
@@ -807,6 +808,11 @@ def find_index(source, options, places, say=False):
             log(f"{path} is stale ({reason}): the images are listed anew")
             shutil.rmtree(path, ignore_errors=True)
     return None
+
+
+def is_current(root, parts):
+    """Whether parts are as they were when they were listed."""
+    return all(part[3] and list(state_of(root, part[0])) == part[1:3] for part in parts)
 
 
 def build_index(source, extensions, options):

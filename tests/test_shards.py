@@ -546,6 +546,16 @@ def test_a_damaged_archive_is_named_and_what_precedes_counts(tmp_path, capsys, f
     assert line.count("\n") == 1 and "1 left out: bee.tar (" in line and message in line
 
 
+def test_a_member_of_negative_size_does_not_turn_the_reader_in_circles(tmp_path, capsys):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for pax in ({}, {"size": "-2048"}):
+            info = tarfile.TarInfo("a/1.png")
+            info.size, info.pax_headers = len(PIXEL), pax
+            tar.addfile(info, io.BytesIO(PIXEL))
+    assert len(tar_index(path)) == 1 and "a member of size -2048" in capsys.readouterr().out
+
+
 def test_an_archive_that_is_rewritten_in_the_run_is_noticed(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a/1.png", PIXEL), ("b/2.png", PIXEL)])
     found = ClassFolders(shards.find_source(path, "", False), 3)
