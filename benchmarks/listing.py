@@ -4,8 +4,8 @@
     python -m benchmarks.listing --count 100000
 
 Each figure is of a process of its own. "start" is `shards.open_index` with an index that is kept; memory is what that
-process adds to its anonymous memory (what is mapped from a file is shared and can be dropped). The system has the files'
-folders in memory; the 14 million entries are the real ones repeated.
+process adds to its anonymous memory (what is mapped from a file is shared and can be dropped). The folders are in the
+system's cache; the 14 million entries are the real ones repeated.
 """
 
 import argparse
