@@ -1,4 +1,4 @@
-"""Images, from files to normalized tensors; and image sets, which have `len`, `name(i)`, `open(i)`, `in_chans`, `digest`.
+"""Images, from files to normalized tensors; and image sets: `len`, `name(i)`, `open(i)`, `in_chans`, `digest`.
 
 Labelled sets also have `targets` (n,) and `class_names`.
 """
