@@ -534,29 +534,21 @@ def choose_split(source, values):
 
 
 def list_table(source, options):
-    """The `Listing` of Parquet and Arrow files: their rows. Raises UserError for a column or a split that they lack."""
+    """The `Listing` of the rows of Parquet and Arrow files. Raises UserError for a column or a split that they lack."""
     listing = Listing()
     listing.labelled = True
     for file in source.files:
-        part, path = listing.add_part(source.root, file), os.path.join(source.root, file)
-        table = open_table(path)
-        schema = table.schema_arrow if hasattr(table, "schema_arrow") else table.schema
-        image, label, split = (find_column(source, schema.names, options, name) for name in ("image", "label", "split"))
+        part, table = listing.add_part(source.root, file), open_table(os.path.join(source.root, file))
+        image, label, split = (find_column(source, table.titles, options, name) for name in ("image", "label", "split"))
         if image is None:
-            raise UserError(f"{source}: no column {options.image_column!r} among {schema.names}; give --image_column")
-        count = table.num_rows if hasattr(table, "num_rows") else table.metadata.num_rows
-        labels = read_column(table, options.label_column) if label is not None else [None] * count
-        splits = read_column(table, options.split_column) if split is not None else None
-        chosen = choose_split(source, splits)
-        is_struct = (
-            hasattr(schema.field(image).type, "fields") and schema.field(image).type.get_field_index("path") >= 0
-        )
-        names = read_column(table, options.image_column, "path") if is_struct else [None] * count
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        classes = (features.get(options.label_column) or {}).get("names")
-        if classes:
+            raise UserError(f"{source}: no column {options.image_column!r} among {table.titles}; give --image_column")
+        splits = None if split is None else table.read(options.split_column)
+        chosen, nothing = choose_split(source, splits), itertools.repeat(None, table.num_rows)
+        labels = nothing if label is None else table.read(options.label_column)
+        if classes := table.class_names(options.label_column):
             listing.class_names = classes
-            labels = [classes[number] if number is not None and number >= 0 else None for number in labels]
+            labels = (classes[number] if number is not None and number >= 0 else None for number in labels)
+        names = table.read(options.image_column, "path") if table.is_struct(options.image_column) else nothing
         rows = (
             (None if label is None else str(label), name or f"row {row:09}", row, 0)
             for row, (label, name) in enumerate(zip(labels, names, strict=True))
@@ -566,51 +558,71 @@ def list_table(source, options):
     return listing
 
 
-@functools.lru_cache(OPEN_FILES)
-def open_table(path):
-    """A pyarrow.parquet.ParquetFile, or a memory-mapped pyarrow.Table of an Arrow file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: is read by pyarrow, which is missing: pip install pyarrow") from None
-    try:
-        if path.lower().endswith(".parquet"):
-            return pyarrow.parquet.ParquetFile(path)
+class Table:
+    """A Parquet file, or a mapped Arrow file. Raises UserError for another file, or if pyarrow is missing."""
+
+    def __init__(self, path):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(f"{path}: is read by pyarrow, which is missing: pip install pyarrow") from None
+        try:
+            self.file = pyarrow.parquet.ParquetFile(path) if path.lower().endswith(".parquet") else None
+            self.rows = None if self.file else self.map_arrow(pyarrow, path)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path}: not a whole Parquet or Arrow file: {error}") from None
+        self.schema = self.file.schema_arrow if self.file else self.rows.schema
+        self.titles = self.schema.names
+        counts = (
+            [self.file.metadata.row_group(n).num_rows for n in range(self.file.num_row_groups)] if self.file else []
+        )
+        self.ends = np.cumsum(counts)  # of row groups
+        self.num_rows = sum(counts) if self.file else self.rows.num_rows
+        self.read_group = functools.lru_cache(8)(self.read_group)
+
+    @staticmethod
+    def map_arrow(pyarrow, path):
         try:
             return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
         except pyarrow.ArrowInvalid:
             return pyarrow.ipc.open_file(pyarrow.memory_map(path)).read_all()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a whole Parquet or Arrow file: {error}") from None
+
+    def class_names(self, column):
+        """The names of the numbers in a column, as Hugging Face's library keeps them, or None."""
+        features = (
+            json.loads((self.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        )
+        return (features.get(column) or {}).get("names")
+
+    def is_struct(self, column):
+        return str(self.schema.field(column).type).startswith("struct")
+
+    def read(self, column, field=None):
+        """A column as a list, or a field of its structs."""
+        if self.file:
+            rows = self.file.read([f"{column}.{field}" if field else column], use_threads=False).column(column)
+        else:
+            rows = self.rows.column(column)
+        return [value for chunk in rows.chunks for value in (chunk.field(field) if field else chunk).to_pylist()]
+
+    def read_group(self, group, column):
+        return self.file.read_row_group(group, [column], use_threads=False).column(column)
+
+    def read_image(self, row, column):
+        """The bytes of the image in a row. Of Parquet a whole row group is read, and the last eight are kept."""
+        if self.file:
+            group = int(np.searchsorted(self.ends, row, side="right"))
+            value = self.read_group(group, column)[row - (self.ends[group - 1] if group else 0)].as_py()
+        else:
+            value = self.rows.column(column)[row].as_py()
+        value = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(value, bytes):
+            raise ValueError(f"column {column} holds no bytes")
+        return value
 
 
-def read_column(table, column, field=None):
-    if hasattr(table, "schema_arrow"):
-        table = table.read([f"{column}.{field}" if field else column], use_threads=False)
-    values = table.column(column).to_pylist() if not field else table.column(column).combine_chunks().field(field)
-    return values.to_pylist() if field else values
-
-
-@functools.lru_cache(8)
-def read_row_group(path, group, column):
-    return open_table(path).read_row_group(group, [column], use_threads=False).column(column)
-
-
-def read_row(path, row, column):
-    """The bytes of the image in a row of a table."""
-    table = open_table(path)
-    if hasattr(table, "schema_arrow"):
-        group = 0
-        while row >= (count := table.metadata.row_group(group).num_rows):
-            row, group = row - count, group + 1
-        value = read_row_group(path, group, column)[row].as_py()
-    else:
-        value = table.column(column)[row].as_py()
-    value = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(value, bytes):
-        raise ValueError(f"column {column} holds no bytes")
-    return value
+open_table = functools.lru_cache(OPEN_FILES)(Table)
 
 
 # ---------------------------------------------------------------- arrays
@@ -699,7 +711,7 @@ class Index:
         kind = self.meta["kind"]
         if kind == "table":
             path = os.path.join(self.source.root, self.parts[self.part[index]][0])
-            return read_row(path, int(self.offset[index]), self.options.image_column)
+            return open_table(path).read_image(int(self.offset[index]), self.options.image_column)
         if kind == "archive":
             data = self.read_member(int(self.part[index]), int(self.offset[index]), int(self.size[index]))
         else:
