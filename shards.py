@@ -106,7 +106,7 @@ class Listing:
         """Add (label, name, offset, size) of a part's images."""
         groups = collections.defaultdict(list)
         for label, name, *place in entries:
-            groups[label, os.path.dirname(name)].append((name, *place))
+            groups[label, os.path.dirname(name)].append((name.replace("\0", ""), *place))
         for (label, folder), members in groups.items():
             names, *places = zip(*sorted(members), strict=True)
             columns = [np.array(column, dtype=np.uint64) for column in places]
@@ -344,10 +344,11 @@ def list_members(root, file, unit, extensions, label_column):
     descriptor = os.open(os.path.join(root, file), os.O_RDONLY)
     try:
         for name, offset, size, problem in walk(descriptor, unit.start, unit.end):
-            name = unit.prefix + name.removeprefix("./")
-            stem, suffix = os.path.splitext(name)
-            is_image, unsafe = suffix.lower() in extensions, name.startswith("/") or ".." in name.split("/")
-            if os.path.basename(name).startswith("."):
+            name = unit.prefix + name.removeprefix("./").replace("\0", "")
+            stem, dot, suffix = name.rpartition(".")
+            suffix = dot + suffix.lower()
+            is_image, unsafe = suffix in extensions, name[0] == "/" or ".." in name and ".." in name.split("/")
+            if name.startswith(".", name.rfind("/") + 1):  # hidden
                 continue
             if is_image and (problem or unsafe or size >= 1 << 32):
                 reason = problem or ("outside of the archive" if unsafe else "4 GiB or more")
@@ -365,7 +366,7 @@ def list_members(root, file, unit, extensions, label_column):
     finally:
         os.close(descriptor)
     names, offsets, sizes = zip(*images, strict=True) if images else ((), (), ())
-    found = [labels.get(os.path.splitext(name)[0]) for name in names] if labels else None
+    found = [labels.get(name.rpartition(".")[0]) for name in names] if labels else None
     offsets, sizes = np.array(offsets, dtype=np.uint64), np.array(sizes, dtype=np.uint32)
     return Members(unit.part, "\0".join(names), offsets, sizes, found, inner, left_out)
 
@@ -840,7 +841,9 @@ def build_index(source, extensions, options):
         part.append(part[2] < started - RECENT)  # else it may change once more without a new time
     for lines, what in ((listing.left_out, "left out"), (sorted(listing.empty), "class folders without an image")):
         if lines:
-            log(f"{source}: {len(lines)} {what}: {', '.join(lines[:4])}{', ...' * (len(lines) > 4)}")
+            text = f"{', '.join(lines[:4])}{', ...' * (len(lines) > 4)}"
+            text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)  # names may hold any
+            log(f"{source}: {len(lines)} {what}: {text}")
     meta, columns = assemble(listing)
     meta["kind"] = source.kind if source.kind != "folder" or "offset" not in columns else "archive"
     seconds = time.monotonic() - progress.start
@@ -853,7 +856,7 @@ def assemble(listing):
     """The meta data and the columns of a `Listing`, in ImageFolder's order; labels that are numbers in theirs."""
     labels = {group.label for group in listing.groups} - {None}
     whole = listing.labelled and all(re.fullmatch(r"\d{1,18}", label) for label in labels)
-    class_names = listing.class_names or sorted(labels, key=int if whole else None)
+    class_names = listing.class_names or sorted(labels, key=lambda label: (int(label) if whole else 0, label))
     numbers = {label: number for number, label in enumerate(class_names)} | {None: -1}
 
     def key(group):

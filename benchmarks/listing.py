@@ -102,7 +102,7 @@ def take_batches(count, shuffle):
 
 
 def count_seeks(count, shuffle):
-    """Reads that do not start where the last one ended, in an epoch from one archive, without a cache but prefetching."""
+    """Reads of an epoch from one archive that do not start where the last one ended; what was read is cached."""
     position, seeks, cached = 0, 0, np.zeros(count, dtype=bool)
 
     def read(start, stop):

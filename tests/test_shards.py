@@ -518,7 +518,8 @@ def test_hostile_members_are_left_out_and_nothing_else_is_read(tmp_path, capsys)
         for name, kind in (
             ("a/link.png", tarfile.SYMTYPE), ("a/hard.png", tarfile.LNKTYPE), ("a/device.png", tarfile.CHRTYPE),
             ("a/fifo.png", tarfile.FIFOTYPE), ("../out.png", tarfile.REGTYPE), ("/etc/x.png", tarfile.REGTYPE),
-            ("a/good.png", tarfile.REGTYPE), ("b/good.png", tarfile.REGTYPE), ("b/._good.png", tarfile.REGTYPE),
+            ("a/good.png", tarfile.REGTYPE), ("a/\n.png", tarfile.SYMTYPE),
+            ("b/good.png", tarfile.REGTYPE), ("b/._good.png", tarfile.REGTYPE),
         ):  # fmt: skip
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.size = kind, "/etc/passwd", len(PIXEL) * (kind == tarfile.REGTYPE)
@@ -526,7 +527,7 @@ def test_hostile_members_are_left_out_and_nothing_else_is_read(tmp_path, capsys)
     index = tar_index(path)
     assert names(index) == ["a/good.png", "b/good.png"] and index.read(0) == PIXEL
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and "6 left out" in line and "a/link.png (member of type 2)" in line
+    assert line.count("\n") == 1 and "7 left out" in line and "a/link.png (member of type 2)" in line
 
 
 @pytest.mark.parametrize(
