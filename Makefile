@@ -14,7 +14,7 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-to-test: $(VENV)/ready
 	$(BIN)/pip install --quiet pytest pytest-xdist ruff safetensors matplotlib \
-	    peft torch-pruning fvcore thop torchao
+	    peft torch-pruning fvcore thop torchao pyarrow webdataset datasets
 	touch $@
 
 PRETRAIN = $(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)

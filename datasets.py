@@ -4,7 +4,9 @@ Every random draw of a sample is a function of (seed, epoch, index, repeat), and
 epoch), whatever the number of workers and ranks; a run resumes at any step without a saved generator state.
 """
 
+import csv
 import functools
+import io
 import itertools
 import os
 import random
@@ -16,16 +18,33 @@ import torch
 from PIL import Image
 
 import flags
+import shards
 import utils
+from checkpoints import write_whole
 from flags import Switch, at_least, fraction
-from images import RandomCrop, Subset, build_images, check_color_mode, decode, pixel_statistics, try_open
-from utils import UserError
+from images import (
+    RandomCrop,
+    build_images,
+    check_color_mode,
+    decode,
+    first_of_each_class,
+    pixel_statistics,
+    split_validation,
+    try_open,
+)
+from utils import TrainingError, UserError
 
 
 def add_loader_args(parser):
     add = parser.add_argument_group("loader").add_argument
     add("--num_workers", default=10, type=at_least(0), help="loader processes, at most one per core; 0: none")
     add("--pin_mem", action=Switch, default=True, help="page-locked batches, which copy to a GPU faster")
+    neighbors = f"blocks: {BLOCK} neighbors each, shuffled among {WINDOW}, for archives on slow disks"
+    add("--shuffle", default="full", choices=("full", "blocks"), help=f"order of an epoch; {neighbors}")
+    stalled = (
+        "seconds without a batch after which loader workers count as stalled, and what they read is named; 0: never"
+    )
+    add("--data_timeout", default=900, type=at_least(0), help=stalled)
     add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
 
 
@@ -38,6 +57,17 @@ def add_unlabelled_args(parser):
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     crops = "crops per decoded image, each with its own mask; must divide --batch_size"
     add("--repeated_sampling", default=1, type=at_least(1), help=crops)
+    add_source_args(add)
+
+
+def add_source_args(add):
+    """The flags of how a source of images is read."""
+    for name, meaning in (("path", "of a list"), ("image", "of a table"), ("label", ""), ("split", "train or val")):
+        default = getattr(shards.DEFAULTS, f"{name}_column")
+        help = " ".join(filter(None, (f"column of the {name} in a list, table or .json:", meaning))).rstrip(":")
+        add(f"--{name}_column", default=default, metavar="NAME", help=help)
+    kept = "where the index of a large data set is kept; None: beside the data, else in ~/.cache"
+    add("--index_dir", metavar="FOLDER", help=kept)
 
 
 def check_unlabelled_args(args):
@@ -61,6 +91,8 @@ def add_labelled_args(parser):
     add("--data_set", default="IMNET", choices=data_sets, help=meaning)
     add("--data_path", metavar="FOLDER", help="images; CIFAR is downloaded into it if missing")
     add("--eval_data_path", metavar="FOLDER", help="class folders to evaluate; None: val/ of --data_path")
+    held_out = "fraction of each class of --data_path to hold out for evaluation, drawn by --seed; 0: evaluate val/"
+    add("--val_fraction", default=0.0, type=flags.fraction_below_1, help=held_out)
     add("--nb_classes", type=at_least(1), help="expected number of classes; None: as many as the data has")
     add("--images_per_class", default=0, type=at_least(0), help="train on the first of each class only; 0: on all")
     statistics = "normalize by ImageNet's mean and standard deviation; false: by Inception's, 0.5 and 0.5"
@@ -68,6 +100,7 @@ def add_labelled_args(parser):
     center = "size of the center crop that is evaluated, as a fraction of the resized image; None: 0.875, and no crop"
     center += " for images of at most 32 or at least 384 pixels"
     add("--crop_pct", type=flags.fraction_above_0, help=center)
+    add_source_args(add)
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", type=fraction, help="strength, only with --aa none; None: no jitter")
@@ -94,6 +127,10 @@ def check_labelled_args(args):
         check_color_mode(args.in_chans, args.data_set)
     if args.data_set != "DIGITS" and not args.data_path and not (args.eval and args.eval_data_path):
         raise UserError("--data_path: give a folder of class folders, or --data_set DIGITS")
+    if args.val_fraction and args.eval_data_path:
+        raise UserError(
+            f"--val_fraction {args.val_fraction}: not with --eval_data_path, which has the images to evaluate"
+        )
     if args.eval:
         return
     if args.in_chans not in (1, 3) and (args.aa or args.color_jitter):
@@ -105,54 +142,105 @@ def check_labelled_args(args):
         raise UserError(f"--aa {args.aa}: not a policy of timm: {error}") from None
 
 
+def source_options(args):
+    return shards.Options(**{name: value for name, value in vars(args).items() if name in shards.Options._fields})
+
+
+def on_all_ranks(build):
+    """The image sets of build(), on the main rank first. Raises UserError unless all ranks have the same."""
+    sets = utils.on_all_ranks(lambda: utils.main_rank_first(build))
+    facts = utils.all_gather([(len(images), images.digest) for images in sets])
+    for rank, others in enumerate(facts):
+        for (count, digest), (other_count, other_digest) in zip(facts[0], others, strict=True):
+            if digest != other_digest:
+                different = f"{other_count} instead of {count}" if count != other_count else f"{count}, of other names"
+                raise UserError(
+                    f"rank {rank} has other images or classes than rank 0: {different} images; give all the same"
+                )
+    return sets
+
+
 def build_pretrain_dataset(args):
     """The `PretrainDataset` of the flags, on all ranks. Raises UserError as `build_images` does."""
-    images = utils.on_all_ranks(lambda: build_images(args.data_set, args.data_path, "train", args.in_chans, False))
+    source = args.data_set, args.data_path, "train", args.in_chans, False
+    (images,) = on_all_ranks(lambda: [build_images(*source, options=source_options(args))])
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
-    return PretrainDataset(images, args.input_size, height * width, args.seed, args.scale, args.hflip)
+    patches = height * width
+    return PretrainDataset(images, args.input_size, patches, args.seed, args.scale, args.hflip, args.max_bad_images)
 
 
 def build_dataset(is_train, args, class_names=None):
-    """The data set for training or evaluation. Raises UserError as `build_images` does."""
-    flag, path, split = "--data_path", args.data_path, "train" if is_train else "val"
-    if not is_train and args.eval_data_path:
-        flag, path, split = "--eval_data_path", args.eval_data_path, ""
-    images = build_images(args.data_set, path, split, args.in_chans, class_names=class_names, flag=flag)
+    """The data set for training or evaluation, on all ranks. Raises UserError as `build_images` does."""
+    (images,) = on_all_ranks(lambda: [build_labelled_images(is_train, args, class_names)])
     transform = build_transform(is_train, args)
     if not is_train:
         return EvalDataset(images, transform)
-    if args.images_per_class:
-        images = Subset(images, args.images_per_class)
-    return TrainDataset(images, transform, args.seed)
+    return TrainDataset(images, transform, args.seed, args.max_bad_images)
+
+
+def build_labelled_images(is_train, args, class_names=None):
+    """The image set for training or evaluation."""
+    flag, path, split = "--data_path", args.data_path, "train" if is_train or args.val_fraction else "val"
+    if not is_train and args.eval_data_path:
+        flag, path, split = "--eval_data_path", args.eval_data_path, ""
+    data_set = (
+        "image_folder" if args.val_fraction and args.data_set == "IMNET" else args.data_set
+    )  # train/ or the whole
+    options = source_options(args)
+    images = build_images(data_set, path, split, args.in_chans, class_names=class_names, flag=flag, options=options)
+    if args.val_fraction:
+        images = split_validation(images, args.val_fraction, args.seed)[0 if is_train else 1]
+        if not len(images):
+            raise UserError(f"--val_fraction {args.val_fraction}: holds out no image, as no class has two")
+    return first_of_each_class(images, args.images_per_class) if is_train and args.images_per_class else images
+
+
+def write_validation_list(images, folder):
+    """validation.csv: path and label of the images that --val_fraction holds out."""
+    text = io.StringIO()
+    rows = ((os.path.abspath(images.name(i)), images.class_names[images.targets[i]]) for i in range(len(images)))
+    csv.writer(text).writerows([("path", "label"), *rows])
+    content = text.getvalue().encode(errors="surrogateescape")
+    write_whole(os.path.join(folder, "validation.csv"), lambda file: file.write(content))
 
 
 def build_labelled_sets(args, class_names=None):
     """On all ranks: training set (None with --eval), evaluation set (None with --disable_eval), names of classes."""
     train = evaluation = None
     if not args.eval:
-        train = utils.on_all_ranks(lambda: build_dataset(True, args))
+        train = build_dataset(True, args)
         class_names = train.images.class_names
+        if len(class_names) == 1:
+            raise UserError(
+                f"--data_path {args.data_path}: has one class only, {class_names[0]}: nothing to tell apart"
+            )
     if not args.disable_eval:
-        evaluation = utils.on_all_ranks(lambda: build_dataset(False, args, class_names))
+        evaluation = build_dataset(False, args, class_names)
         class_names = class_names or evaluation.images.class_names
     if args.nb_classes not in (None, len(class_names)):
         raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(class_names)} classes")
     if evaluation is not None and len(evaluation.images.class_names) != len(class_names):
         raise UserError(f"the data has {len(evaluation.images.class_names)} classes, the model {len(class_names)}")
+    if args.val_fraction and evaluation is not None and args.output_dir and utils.is_main_process():
+        write_validation_list(evaluation.images, args.output_dir)
     return train, evaluation, class_names
 
 
 def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     """Two `EvalDataset`s, to fit a probe and to test it, on all ranks. Raises UserError as `build_images` does."""
-    data_set = "DIGITS" if data_path == "DIGITS" else "IMNET"
+    data_set, options = "DIGITS" if data_path == "DIGITS" else "IMNET", source_options(args)
 
     def build():
-        train = build_images(data_set, data_path, "train", args.in_chans, flag=flag)
-        val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, flag=flag)
-        return Subset(train, images_per_class) if images_per_class else train, val
+        common = dict(flag=flag, options=options)
+        train = build_images(data_set, data_path, "train", args.in_chans, **common)
+        val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, **common)
+        return first_of_each_class(train, images_per_class) if images_per_class else train, val
 
     transform = build_eval_transform(args.input_size, args.in_chans)
-    return [EvalDataset(images, transform) for images in utils.on_all_ranks(build)]
+    return [EvalDataset(images, transform) for images in on_all_ranks(build)]
+
+
+BLOCK, WINDOW = 64, 256  # of --shuffle blocks: neighboring samples, and blocks that are shuffled among each other
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -160,12 +248,16 @@ class EpochSampler(torch.utils.data.Sampler):
 
     A step takes the next batch_size * update_freq * world_size samples, however they are divided; an epoch has whole
     steps only. repeats: samples per image, all in one batch; must divide batch_size ("repeated sampling" of MAE-ST and
-    Hiera). An epoch takes 1 / repeats of the images, and that many epochs take all.
+    Hiera). An epoch takes 1 / repeats of the images, and that many epochs take all. shuffle: "full" or "blocks".
+    prefetch(start, stop): called, with "blocks", for each block of images about a window before it is needed.
     """
 
-    def __init__(self, num_samples, batch_size, update_freq, seed, rank=0, world_size=1, repeats=1):
+    def __init__(
+        self, num_samples, batch_size, update_freq, seed, rank=0, world_size=1, repeats=1, shuffle="full", prefetch=None
+    ):  # fmt: skip
         self.num_samples, self.batch_size, self.update_freq, self.seed = num_samples, batch_size, update_freq, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
+        self.shuffle, self.prefetch = shuffle, prefetch if shuffle == "blocks" else None
         self.steps_per_epoch = num_samples // (batch_size * update_freq * world_size)
         self.set_position(0, 0)
 
@@ -177,40 +269,116 @@ class EpochSampler(torch.utils.data.Sampler):
         return (self.steps_per_epoch - self.step) * self.update_freq
 
     def __iter__(self):
-        epoch, order = self.epoch, self.order(self.epoch)
+        epoch, prefetched = self.epoch, 0
         for batch in range(self.step * self.update_freq, self.steps_per_epoch * self.update_freq):
-            indices = self.batch_indices(epoch, batch, order)
+            if self.prefetch is not None:
+                prefetched = self.prefetch_blocks(epoch, batch, prefetched)
+            indices = self.batch_indices(epoch, batch)
             yield [(epoch, index, repeat) for index in indices for repeat in range(self.repeats)]
 
-    def order(self, epoch):
-        """The images of an epoch, each once."""
-        cycle, position = divmod(epoch, self.repeats)
-        everything = np.random.default_rng(utils.derive_seed(self.seed, cycle)).permutation(self.num_samples)
-        count = self.num_samples // self.repeats
-        return everything[position * count : (position + 1) * count]
+    def position(self, epoch, batch, rank):
+        """(key of the order, place in it) of the first image of a rank's batch; `repeats` epochs share an order."""
+        cycle, part = divmod(epoch, self.repeats)
+        count = self.batch_size // self.repeats
+        return (self.seed, cycle), part * (self.num_samples // self.repeats) + (batch * self.world_size + rank) * count
 
-    def batch_indices(self, epoch, batch, order=None):
-        """The images of this rank's batch of that number, counted from the start of the epoch, whose order it is."""
-        order, count = self.order(epoch) if order is None else order, self.batch_size // self.repeats
-        return order[(batch * self.world_size + self.rank) * count :][:count].tolist()
+    def batch_indices(self, epoch, batch):
+        """The images of this rank's batch of that number, counted from the start of the epoch."""
+        key, start = self.position(epoch, batch, self.rank)
+        permutation = permute if self.shuffle == "full" else permute_blocks
+        positions = np.arange(start, start + self.batch_size // self.repeats)
+        return permutation(positions, self.num_samples, *key).tolist()
+
+    def prefetch_blocks(self, epoch, batch, prefetched):
+        """Prefetch the blocks up to a window after this batch but those `prefetched`; how many are done then."""
+        key, start = self.position(epoch, batch, 0)
+        end = min((start // BLOCK // WINDOW + 1) * WINDOW + start // BLOCK % WINDOW, self.num_samples // BLOCK)
+        slots = np.arange(max(prefetched, start // BLOCK // WINDOW * WINDOW), end)
+        for first in permute(slots, self.num_samples // BLOCK, *key, 0) * BLOCK if len(slots) else ():
+            first = (int(first) + block_shift(self.num_samples, *key)) % self.num_samples
+            self.prefetch(first, min(first + BLOCK, self.num_samples))
+        return max(prefetched, end)
 
 
-def read_or_next(images, index, read):
-    """read(opened image) of this index, or of the next that can be read; its index; names of those that cannot."""
+def permute(positions, count, *key):
+    """Where a permutation of range(count), drawn by the integers of the key, takes positions (n,); nothing is stored.
+
+    A Feistel network on the next power of two; what it takes outside the range goes through it again (cycle walking:
+    Black and Rogaway, 2002).
+    """
+    bits = max(count - 1, 3).bit_length()
+    low, rounds = np.uint64(bits // 2), np.random.SeedSequence((len(key), *key)).generate_state(8, np.uint64)
+    masks = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
+
+    def network(x):
+        halves = [x & masks[0], x >> low]
+        for number, round_key in enumerate(rounds):
+            changed, other = number % 2, halves[1 - number % 2]
+            mixed = (other + round_key) * np.uint64(0x9E3779B97F4A7C15)  # then as in splitmix64
+            mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xBF58476D1CE4E5B9)
+            halves[changed] = halves[changed] ^ (mixed >> np.uint64(32)) & masks[changed]
+        return halves[0] | halves[1] << low
+
+    found = network(np.asarray(positions).astype(np.uint64))
+    while (outside := found >= count).any():
+        found[outside] = network(found[outside])
+    return found.astype(np.int64)
+
+
+def permute_blocks(positions, count, *key):
+    """As `permute`, but of blocks of neighbors; within each window of blocks the samples are shuffled.
+
+    Blocks start at another sample for each key, so that the incomplete one, which comes last, is another.
+    """
+    found, windows = np.empty(len(positions), dtype=np.int64), positions // (BLOCK * WINDOW)
+    for window in np.unique(windows).tolist():
+        start = window * BLOCK * WINDOW
+        places = permute(positions[windows == window] - start, min(BLOCK * WINDOW, count - start), *key, 1 + window)
+        slots = window * WINDOW + places // BLOCK
+        whole = slots < count // BLOCK
+        slots[whole] = permute(slots[whole], count // BLOCK, *key, 0) if whole.any() else slots[whole]
+        found[windows == window] = slots * BLOCK + places % BLOCK
+    return (found + block_shift(count, *key)) % count
+
+
+def block_shift(count, *key):
+    return utils.derive_seed(*key, 0, 0) % count
+
+
+opening = None  # in a loader worker: where it notes the image that it opens, and its place there
+
+
+def open_and_read(images, index, read):
+    """As `images.try_open`; a worker notes the image before, so that one that stalls can be named."""
+    if opening is not None:
+        opening[0][opening[1]] = index
+    return try_open(images, index, read)
+
+
+def read_or_next(images, index, read, max_bad_images):
+    """read(opened image) of this index, or of the next that can be read; its index; names of those that cannot.
+
+    Raises UserError at once for more than max_bad_images in a row: a disk that is gone costs no search of all images.
+    """
     unreadable = []
-    for number in itertools.chain(range(index, len(images)), range(index)):
-        result, error = try_open(images, number, read)
+    for number in itertools.islice(itertools.chain(range(index, len(images)), range(index)), max_bad_images + 1):
+        result, error = open_and_read(images, number, read)
         if error is None:
             return result, number, unreadable
         unreadable.append(error)
-    raise OSError(f"none of the {len(images)} images can be read any more; the first: {unreadable[0]}")
+    if len(unreadable) > max_bad_images:
+        problem = f"{len(unreadable)} images in a row could not be read, --max_bad_images is {max_bad_images}"
+    else:
+        problem = f"none of the {len(images)} images can be read any more"
+    raise UserError(f"{problem}; the first: {unreadable[0]}")
 
 
 class PretrainDataset(torch.utils.data.Dataset):
     """dataset[epoch, index, repeat]: a random crop (C, H, W) uint8, mask noise (L,), names of unreadable files."""
 
-    def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5):
+    def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, max_bad_images=100):
         self.images, self.num_patches, self.seed, self.hflip = images, num_patches, seed, hflip
+        self.max_bad_images = max_bad_images
         self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, fast=True)
 
     def __getitem__(self, key):
@@ -222,7 +390,7 @@ class PretrainDataset(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=()):  # `draw` seeds torch's generator alone
             for (_, index), group in itertools.groupby(keys, key=lambda key: key[:2]):
                 read = functools.partial(self.read, keys=list(group))
-                crops, _, unreadable = read_or_next(self.images, index, read)
+                crops, _, unreadable = read_or_next(self.images, index, read, self.max_bad_images)
                 samples += [(*crop, [] if number else unreadable) for number, crop in enumerate(crops)]  # named once
         return samples
 
@@ -242,8 +410,8 @@ class PretrainDataset(torch.utils.data.Dataset):
 class TrainDataset(torch.utils.data.Dataset):
     """dataset[epoch, index, repeat]: an augmented image (C, H, W) uint8, class, index, names of unreadable files."""
 
-    def __init__(self, images, transform, seed):
-        self.images, self.seed = images, seed
+    def __init__(self, images, transform, seed, max_bad_images=100):
+        self.images, self.seed, self.max_bad_images = images, seed, max_bad_images
         self.read, self.augment = transform.transforms
 
     def __getitem__(self, key):
@@ -264,7 +432,7 @@ class TrainDataset(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        image, index, unreadable = read_or_next(self.images, key[1], self.read)
+        image, index, unreadable = read_or_next(self.images, key[1], self.read, self.max_bad_images)
         return self.augment(image), int(self.images.targets[index]), index, unreadable
 
 
@@ -279,7 +447,7 @@ class EvalDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        image, error = try_open(self.images, index, self.read)
+        image, error = open_and_read(self.images, index, self.read)
         if error is not None:
             return None, None, None, [error]
         return self.resize(image), int(self.images.targets[index]), index, []
@@ -364,37 +532,94 @@ class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
 def build_train_loader(dataset, args, device, repeats=1):
     """The loader of a training set's batches, and its `EpochSampler`. Raises UserError if there is no whole step."""
     count, world_size = len(dataset.images), utils.get_world_size()
-    sampler = EpochSampler(count, args.batch_size, args.update_freq, args.seed, utils.get_rank(), world_size, repeats)
+    sampler = EpochSampler(
+        count, args.batch_size, args.update_freq, args.seed, utils.get_rank(), world_size, repeats, args.shuffle,
+        getattr(dataset.images, "prefetch", None),
+    )  # fmt: skip
     if sampler.steps_per_epoch == 0:
         raise UserError(
             f"{count} images make no whole step of {args.batch_size * args.update_freq * world_size} "
             f"(--batch_size {args.batch_size} x --update_freq {args.update_freq} x {world_size} ranks)"
         )
-    return build_loader(dataset, sampler, args, device), sampler
+    return Loader(dataset, sampler, args, device), sampler
 
 
 def build_eval_loader(dataset, args, device, divided=True):
     """The loader of this rank's share of an evaluation set, no image twice; divided False: of all of it."""
     rank, world_size = (utils.get_rank(), utils.get_world_size()) if divided else (0, 1)
     indices = range(rank, len(dataset), world_size)
-    return build_loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
+    return Loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
 
 
-def build_loader(dataset, batch_sampler, args, device):
-    workers = min(args.num_workers, len(os.sched_getaffinity(0)))
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=(Batch if isinstance(dataset, PretrainDataset) else LabelledBatch).collate,
-        num_workers=workers,
-        pin_memory=args.pin_mem and torch.device(device).type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=ignore_stop_signals,
-        generator=torch.Generator(),  # else each epoch would draw from the global one
-    )
+class Collated(torch.utils.data.Dataset):
+    """Whole batches of a data set by their keys; a UserError is returned, as a worker would add its traceback to it."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.collate = (Batch if isinstance(dataset, PretrainDataset) else LabelledBatch).collate
+
+    def __getitems__(self, keys):
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                return self.collate(self.dataset.__getitems__(keys))
+            return self.collate([self.dataset[key] for key in keys])
+        except UserError as error:
+            return error
 
 
-def ignore_stop_signals(worker):
-    """In a worker: the main process needs its workers until it has saved."""
+class Loader(torch.utils.data.DataLoader):
+    """Batches of a data set. opening: (workers,) int64, shared: the image that each worker has opened last.
+
+    Raises UserError for more than max_bad_images unreadable ones of an evaluation, and what the data set raises;
+    TrainingError if no batch comes within --data_timeout seconds.
+    """
+
+    def __init__(self, dataset, batch_sampler, args, device):
+        workers = min(args.num_workers, len(os.sched_getaffinity(0)))
+        self.images, self.evaluates = dataset.images, isinstance(dataset, EvalDataset)
+        self.max_bad_images = args.max_bad_images
+        self.opening = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
+        super().__init__(
+            Collated(dataset),
+            batch_sampler=batch_sampler,
+            collate_fn=return_it,
+            num_workers=workers,
+            pin_memory=args.pin_mem and torch.device(device).type == "cuda",
+            timeout=args.data_timeout if workers else 0,
+            persistent_workers=workers > 0,
+            worker_init_fn=functools.partial(init_worker, self.opening),
+            generator=torch.Generator(),  # else each epoch would draw from the global one
+        )
+
+    def __iter__(self):
+        batches, unreadable = super().__iter__(), []
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                names = ", ".join(sorted({self.images.name(index) for index in self.opening.tolist() if index >= 0}))
+                problem = f"no batch came within --data_timeout {self.timeout:g} seconds"
+                raise TrainingError(f"{problem}; the loader workers read {names or 'nothing yet'}") from None
+            if batch is None:
+                return
+            if isinstance(batch, UserError):
+                raise UserError(str(batch))  # itself it would hold this frame, which holds it, and with it the workers
+            unreadable += batch.unreadable if self.evaluates else []
+            if len(unreadable) > self.max_bad_images:
+                problem = f"{len(unreadable)} images could not be read, --max_bad_images is {self.max_bad_images}"
+                raise UserError(f"{problem}; the first: {unreadable[0]}")
+            yield batch
+
+
+def return_it(batch):
+    return batch
+
+
+def init_worker(noted, worker):
+    """In a worker: note what it opens; ignore stop signals, as the main process needs it until it has saved."""
+    global opening
+    opening = noted, worker
     for signum in utils.STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

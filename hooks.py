@@ -452,7 +452,8 @@ class StopOnSignal(Hook):
     """After Ctrl-C, or a signal of a terminal or scheduler before it ends the process: save and stop, on all ranks.
 
     The signal is only noted; the step under way is finished first, so nothing is cut short, however many signals come;
-    but a second Ctrl-C ends the process at once. Ranks agree every `PATIENCE` seconds or so, not every step. Raises
+    but a second Ctrl-C ends the process at once. Ranks agree every `PATIENCE` seconds or so, not every step. A single
+    process that waits for its loader workers does not go on waiting: it saves the steps that are done. Raises
     `utils.Stopped`.
     """
 
@@ -464,6 +465,7 @@ class StopOnSignal(Hook):
         self.every = self.left = 1  # steps between two agreements, and those left
 
     def on_start(self, run):
+        self.run = run
         heard = [signum for signum in utils.STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup
         self.previous = {signum: signal.signal(signum, self.note) for signum in heard}
         self.agreed = time.perf_counter()
@@ -472,7 +474,11 @@ class StopOnSignal(Hook):
     def note(self, signum, frame):
         if self.received == signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or signum
+        first, self.received = not self.received, self.received or signum
+        if first and self.run.waiting and not dist.is_initialized():
+            self.run.waiting = False
+            self.run.drop_unfinished_step()
+            self.stop_if_requested(self.run, step=self.run.step)
 
     def on_step(self, run):
         self.left -= 1

@@ -1,10 +1,12 @@
-"""Images, from files to normalized tensors; and image sets, which have `len`, `name(i)`, `open(i)`, `in_chans`.
+"""Images, from files to normalized tensors; and image sets: `len`, `name(i)`, `open(i)`, `in_chans`, `digest`.
 
 Labelled sets also have `targets` (n,) and `class_names`.
 """
 
 import contextlib
 import functools
+import hashlib
+import io
 import os
 import random
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+import shards
 import utils
 from utils import UserError
 
@@ -24,61 +27,67 @@ IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and s
 INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-def find_images(folder):
-    """Sorted paths of the images below a folder, nested or flat. Hidden files and folders do not count."""
+@functools.cache
+def image_extensions():
+    """The suffixes of files that hold an image, in lower case."""
     Image.init()
     readable = set(Image.OPEN) - STUB_FORMATS
-    extensions = {extension for extension, name in Image.registered_extensions().items() if name in readable} | {".npy"}
-    paths, visited = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in visited:  # links may form circles
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in names if not name.startswith(".")]
-        paths += [os.path.join(parent, name) for name in names if os.path.splitext(name)[1].lower() in extensions]
-    return sorted(paths)
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable) | {".npy"}
+
+
+def find_images(folder):
+    """Paths of the images below a folder, nested or flat, by folder and name. Hidden files and folders do not count."""
+    index = shards.open_index(shards.Source("folder", str(folder)), image_extensions())
+    return [index.name(number) for number in range(len(index))]
 
 
 class ImageFolder:
-    """The images below a folder, nested or flat, without labels."""
+    """The images of a folder or another `shards.Source`, without labels."""
 
-    def __init__(self, folder, in_chans):
-        # Bytes in one array: each loader worker would slowly copy a list of a million Python strings.
-        self.paths = np.array([os.fsencode(path) for path in find_images(folder)])
-        self.in_chans = in_chans
+    def __init__(self, source, in_chans, options=shards.DEFAULTS):
+        self.source = source if isinstance(source, shards.Source) else shards.Source("folder", str(source))
+        self.index, self.in_chans = shards.open_index(self.source, image_extensions(), options), in_chans
+        self.digest = self.index.digest
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.index)
 
     def name(self, index):
-        return os.fsdecode(bytes(self.paths[index]))
+        return self.index.name(index)
 
     def open(self, index):
-        return open_image(self.name(index), self.in_chans)
+        return open_image(io.BytesIO(self.index.read(index)), self.in_chans, self.index.path_in_part(index))
+
+    def prefetch(self, start, stop):
+        self.index.prefetch(start, stop)
 
 
 class ClassFolders(ImageFolder):
-    """The images below the class folders of a folder. class_names: the classes of the model, if it has some already.
+    """The images of class folders or another source, with labels. class_names: the classes of the model, if it has any.
 
-    Raises UserError for an image beside the class folders and for a folder that is not among class_names.
+    Raises UserError for an image without a class, for a class that is not among class_names, and for two class folders
+    that are one.
     """
 
-    def __init__(self, folder, in_chans, class_names=None):
-        super().__init__(folder, in_chans)
-        names = [Path(self.name(index)).relative_to(folder).parts[0] for index in range(len(self))]
-        for name in set(names):
-            if not (Path(folder) / name).is_dir():
-                raise UserError(f"{folder}: {name} lies beside the class folders; give one folder a class")
-        self.class_names = sorted(set(names)) if class_names is None else list(class_names)
+    def __init__(self, source, in_chans, class_names=None, options=shards.DEFAULTS):
+        super().__init__(source, in_chans, options)
+        index = self.index
+        if len(index) and index.target[0] < 0:  # those come first
+            name = index.path_in_part(0)
+            beside = "has no label" if self.source.files else "lies beside the class folders; give one folder a class"
+            raise UserError(f"{self.source}: {name} {beside}")
+        for names in index.meta["same"]:
+            raise UserError(f"{self.source}: the classes {' and '.join(names)} are one folder; keep one of them")
+        self.class_names = list(index.class_names if class_names is None else class_names)
         numbers = {name: number for number, name in enumerate(self.class_names)}
-        unknown = sorted(set(names) - set(numbers))
+        unknown = sorted(set(index.class_names) - set(numbers))
         if unknown:
             known = ", ".join(self.class_names[:4]) + (", ..." if len(numbers) > 4 else "")
             problem = f"is not among the {len(numbers)} classes of the model: {known}"
-            raise UserError(f"{folder}: class folder {unknown[0]} ({len(unknown)} such) {problem}")
-        self.targets = np.array([numbers[name] for name in names], dtype=np.int64)
+            raise UserError(f"{self.source}: class folder {unknown[0]} ({len(unknown)} such) {problem}")
+        self.targets = index.target
+        if self.class_names != index.class_names:
+            self.targets = np.array([numbers[name] for name in index.class_names], dtype=np.int32)[index.target]
 
 
 class ImageArrays:
@@ -87,6 +96,7 @@ class ImageArrays:
     def __init__(self, arrays, names, targets, class_names, in_chans):
         self.arrays, self.names, self.in_chans = arrays, names, in_chans
         self.targets, self.class_names = np.asarray(targets), list(class_names)
+        self.digest = f"{len(arrays)} {hash_arrays(arrays[:1], arrays[-1:], self.targets)} {self.class_names}"
 
     def __len__(self):
         return len(self.arrays)
@@ -95,7 +105,26 @@ class ImageArrays:
         return self.names[index]
 
     def open(self, index):
-        return Image.fromarray(self.arrays[index]).convert(COLOR_MODES[self.in_chans])
+        return open_array(self.arrays[index], self.in_chans)
+
+
+class ArrayFile(ImageArrays):
+    """The images of an .npy or .npz file or of MNIST's files, whose labels are numbers, see `shards.read_arrays`."""
+
+    def __init__(self, source, in_chans, class_names=None):
+        arrays, labels = shards.read_arrays(source)
+        self.source, self.is_labelled = source, labels is not None
+        labels = np.zeros(len(arrays), dtype=np.int64) if labels is None else labels
+        numbers, targets = np.unique(labels, return_inverse=True)
+        names = list(map(str, numbers)) if class_names is None else list(class_names)
+        unknown = [str(number) for number in numbers if str(number) not in names]
+        if unknown:
+            raise UserError(f"{source}: class {unknown[0]} is not among the {len(names)} classes of the model")
+        numbers = np.array([names.index(str(number)) for number in numbers], dtype=np.int64)
+        super().__init__(arrays, None, numbers[targets], names, in_chans)
+
+    def name(self, index):
+        return f"{self.source}, image {index}"
 
 
 class Digits(ImageArrays):
@@ -129,53 +158,91 @@ class Cifar(ImageArrays):
 
 
 class Subset:
-    """The first `count` images of each class of a labelled image set."""
+    """The images of these numbers (n,) of a labelled image set."""
 
-    def __init__(self, images, count):
-        targets = np.asarray(images.targets)
-        self.numbers = np.sort(np.concatenate([np.flatnonzero(targets == t)[:count] for t in np.unique(targets)]))
-        self.images, self.in_chans = images, images.in_chans
-        self.targets, self.class_names = targets[self.numbers], images.class_names
+    def __init__(self, images, numbers):
+        self.numbers, self.images, self.in_chans = numbers, images, images.in_chans
+        self.targets, self.class_names = images.targets[numbers], images.class_names
+        self.digest = f"{images.digest} {hash_arrays(numbers)}"
 
     def __len__(self):
         return len(self.numbers)
 
     def name(self, index):
-        return self.images.name(self.numbers[index])
+        return self.images.name(int(self.numbers[index]))
 
     def open(self, index):
-        return self.images.open(self.numbers[index])
+        return self.images.open(int(self.numbers[index]))
 
 
-def build_images(data_set, path, split, in_chans, labelled=True, class_names=None, flag="--data_path"):
+def rank_in_class(targets, order):
+    """(n,) the place of each image among those of its class, in this order of the images (n,)."""
+    order = order[np.argsort(targets[order], kind="stable")]
+    counts = np.bincount(targets)
+    ranks = np.empty(len(targets), dtype=np.int64)
+    ranks[order] = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
+
+
+def first_of_each_class(images, count):
+    """The `Subset` of the first `count` images of each class."""
+    ranks = rank_in_class(images.targets, np.arange(len(images)))
+    return Subset(images, np.flatnonzero(ranks < count))
+
+
+def split_validation(images, fraction, seed):
+    """Two `Subset`s: the rest, and this fraction of each class by the seed; at least 1 image of a class of 2."""
+    order = np.random.default_rng(utils.derive_seed(seed, 1)).permutation(len(images))
+    counts = np.bincount(images.targets)
+    held = np.minimum(np.maximum(np.rint(counts * fraction).astype(np.int64), 1), counts - 1)
+    is_held = rank_in_class(images.targets, order) < held[images.targets]
+    return Subset(images, np.flatnonzero(~is_held)), Subset(images, np.flatnonzero(is_held))
+
+
+def hash_arrays(*arrays):
+    return hashlib.blake2b(b"".join(np.ascontiguousarray(array) for array in arrays), digest_size=16).hexdigest()
+
+
+def build_images(
+    data_set, path, split, in_chans, labelled=True, class_names=None, flag="--data_path", options=shards.DEFAULTS
+):  # fmt: skip
     """The image set that --data_set names. Another one is added here and to the choices of the flag.
 
-    split: "train", "val", or "" if path has no such subfolders. flag: where path comes from. Raises UserError if none
-    of the first 100 images can be read.
+    split: "train", "val", or "" if path has no such parts. flag: where path comes from. Raises UserError if none of the
+    first 100 images can be read.
     """
     if data_set == "DIGITS":
         return Digits(split == "train", in_chans)
-    if data_set in ("CIFAR", "CIFAR10"):
-        num_classes = 100 if data_set == "CIFAR" else 10
-        return utils.main_rank_first(lambda: Cifar(num_classes, path, split == "train", in_chans))
-    folder = Path(path)
-    if data_set == "IMNET" or split == "val" or (folder / split).is_dir():  # an image_folder need not have train/
-        folder = folder / split
+    cifars = {10: data_set == "CIFAR10" or (Path(path) / "cifar-10-batches-py").is_dir()}
+    cifars |= {100: data_set == "CIFAR" or (Path(path) / "cifar-100-python").is_dir()}
+    if any(cifars.values()):
+        num_classes = 10 if data_set == "CIFAR10" or not cifars[100] else 100
+        return Cifar(num_classes, path, split == "train", in_chans)
     accepted = "a folder with a folder of images for each class" if labelled else "a folder of images"
-    if not folder.is_dir():
-        problem = "not a folder" if folder.exists() else "no such folder"
-        subfolder = "" if folder == Path(path) else f" {folder}"
-        raise UserError(f"{flag} {path}: {problem}{subfolder}; give {accepted}, or --data_set DIGITS")
-    images = ClassFolders(folder, in_chans, class_names) if labelled else ImageFolder(folder, in_chans)
+    try:
+        source = shards.find_source(path, split, needed=data_set == "IMNET" or split == "val")
+    except OSError as error:
+        problem = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
+        subfolder = "" if Path(str(error)) == Path(path) else f" {error}"
+        raise UserError(f"{flag} {path}: {problem}{subfolder}; give {accepted}, or --data_set DIGITS") from None
+    if source.kind == "array":
+        images = ArrayFile(source, in_chans, class_names)
+        if labelled and not images.is_labelled:
+            raise UserError(f"{flag} {source}: has no labels; give them as NAME_labels.npy, or in an .npz file")
+        images = Subset(images, np.argsort(images.targets, kind="stable"))  # in the order of folders
+    elif labelled:
+        images = ClassFolders(source, in_chans, class_names, options)
+    else:
+        images = ImageFolder(source, in_chans, options)
     if not len(images):
-        raise UserError(f"{flag} {folder}: no image there; give {accepted}: files that Pillow reads, or .npy")
+        raise UserError(f"{flag} {source}: no image there; give {accepted}: files that Pillow reads, or .npy")
     errors = []
     for index in range(min(len(images), 100)):
         _, error = try_open(images, index, lambda image: decode(image, in_chans))
         if error is None:
             return images
         errors.append(error)
-    raise UserError(f"{flag} {folder}: none of the first {len(errors)} images can be read: {errors[0]}")
+    raise UserError(f"{flag} {source}: none of the first {len(errors)} images can be read: {errors[0]}")
 
 
 def check_color_mode(in_chans, data_set):
@@ -184,13 +251,15 @@ def check_color_mode(in_chans, data_set):
         raise UserError(f"--in_chans {in_chans}: must be one of {list(COLOR_MODES)} for {data_set}")
 
 
-def open_image(path, in_chans):
-    """A context manager of an undecoded Pillow image or, from .npy of other than 1 or 3 channels, of uint8 (C, H, W).
+def open_image(file, in_chans, name=None):
+    """The image in a file, given by its path, or open with its name.
+
+    A context manager of an undecoded Pillow image or, from .npy of other than 1 or 3 channels, of uint8 (C, H, W).
 
     Raises what Pillow raises for an unknown file, and ValueError for an array or a number of channels that do not fit.
     """
-    if str(path).lower().endswith(".npy"):
-        array = np.load(path)
+    if str(name or file).lower().endswith(".npy"):
+        array = np.load(file)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != in_chans:
             raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
         if in_chans in (1, 3):
@@ -198,7 +267,21 @@ def open_image(path, in_chans):
         return contextlib.nullcontext(torch.from_numpy(array).permute(2, 0, 1))
     if in_chans not in COLOR_MODES:
         raise ValueError(f"image files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays have others")
-    return Image.open(path)
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("not an image in a format that Pillow reads") from None
+
+
+def open_array(array, in_chans):
+    """As `open_image`, of an array (H, W), or (H, W, C); 16-bit and float only if gray, which `decode` scales."""
+    array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if array.ndim == 3 and array.shape[2] not in COLOR_MODES:
+        if array.dtype != np.uint8 or array.shape[2] != in_chans:
+            raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
+        return contextlib.nullcontext(torch.from_numpy(np.array(array)).permute(2, 0, 1))
+    image = Image.fromarray(array)
+    return image.convert(COLOR_MODES[in_chans]) if array.dtype == np.uint8 else image
 
 
 def try_open(images, index, read):

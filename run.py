@@ -74,6 +74,8 @@ class Run:
         self.lr = 0.0
         self.metrics = {}  # numbers of this epoch, by their names in log.txt
         self.evaluations = {}  # the last `Evaluation`s: "" of the model, "_ema" of the EMA weights
+        self.waiting = False  # whether the step waits for loader workers
+        self.unfinished_batches = 0  # of the step under way, those whose losses are known
         self.given_up = False  # whether an evaluation or probe was interrupted by a signal
         self.stop_requested = lambda: False  # whether a signal came: then evaluations give up
         self.watched = [f"{watch}{suffix}" for suffix in (["", "_ema"] if watch_ema else [""])] if watch else []
@@ -140,6 +142,16 @@ class Run:
     def add_losses(self, losses):
         """Keep the loss of a batch and its terms, {name: scalar tensor}, without waiting for the device."""
         self.unread_losses.append({name: value.detach().clone() for name, value in losses.items()})
+        self.unfinished_batches += 1
+
+    def end_step(self):
+        """Count a step, whose weights are final."""
+        self.step, self.unfinished_batches, self.between_steps = self.step + 1, 0, True
+
+    def drop_unfinished_step(self):
+        """Forget the losses of a step that will be computed again."""
+        del self.unread_losses[len(self.unread_losses) - self.unfinished_batches :]
+        self.unfinished_batches = 0
 
     def observe(self, **values):
         """For hooks: numbers of a step. Log lines show their mean since the last line; log.txt that over the epoch."""
@@ -389,6 +401,7 @@ def saved_on_error(run):
         raise
     except Exception:
         if run.between_steps:
+            run.drop_unfinished_step()
             run.hooks("on_error", run)
         raise
 

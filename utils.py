@@ -77,6 +77,7 @@ def run_main(main, args, name):
         leave_process_group()
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
+        shutdown_workers()  # one may be stalled
         requeue(stopped)
         by_person = stopped.signum in (signal.SIGINT, signal.SIGHUP)
         sys.exit(128 + stopped.signum if by_person or not stopped.saved else STOPPED)

@@ -139,10 +139,11 @@ def test_workers_do_not_change_batches(image_folder, workers):
 
 def test_workers_ignore_the_signals_of_a_scheduler():
     handlers = {signum: signal.getsignal(signum) for signum in utils.STOP_SIGNALS}
-    datasets.ignore_stop_signals(0)
+    datasets.init_worker(None, 0)
     assert all(signal.getsignal(signum) == signal.SIG_IGN for signum in handlers)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+    datasets.opening = None
 
 
 # ---------------------------------------------------------------- order
@@ -159,8 +160,63 @@ def keys_of(epoch, step=0, count=22, batch_size=4, update_freq=1, rank=0, world_
 
 
 def test_without_repeats_the_order_is_one_permutation_an_epoch():
-    order = np.random.default_rng(utils.derive_seed(3, 5)).permutation(22)[:20]
+    order = datasets.permute(np.arange(22), 22, 3, 5)[:20]
     assert [key for batch in keys_of(5) for key in batch] == [(5, index, 0) for index in order]
+
+
+@pytest.mark.parametrize("permute", [datasets.permute, datasets.permute_blocks])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 22, 64, 65, 1000, 20000])
+def test_a_permutation_takes_every_number_once_and_is_known_at_any_place(permute, count):
+    whole = permute(np.arange(count), count, 3, 5)
+    assert sorted(whole) == list(range(count))
+    places = np.random.default_rng(0).integers(0, count, 50)
+    assert np.array_equal(permute(places, count, 3, 5), whole[places])
+    assert count < 22 or not np.array_equal(permute(np.arange(count), count, 3, 6), whole)
+
+
+def test_permutations_are_as_even_as_random_ones():
+    """Chi-square, by degrees of freedom: which number comes where, and which after which; all 24 orders of four."""
+    epochs, count = 3000, 12
+    orders = np.array([datasets.permute(np.arange(count), count, 0, epoch) for epoch in range(epochs)])
+    where = np.zeros((count, count))
+    np.add.at(where, (np.arange(count), orders), 1)
+    after = np.zeros((count, count))
+    np.add.at(after, (orders[:, :-1], orders[:, 1:]), 1)
+    after = after[~np.eye(count, dtype=bool)]
+    for found, degrees in ((where, (count - 1) ** 2), (after, len(after) - 1)):
+        chi_square = ((found - found.mean()) ** 2 / found.mean()).sum()
+        assert abs(chi_square / degrees - 1) < 5 * (2 / degrees) ** 0.5
+    four = [tuple(datasets.permute(np.arange(4), 4, 0, epoch)) for epoch in range(2400)]
+    assert len(set(four)) == 24 and min(map(four.count, set(four))) > 50
+
+
+def test_blocks_are_neighbors_and_are_prefetched_in_one_piece_before_they_are_needed():
+    """A reader that counts seeks: two orders of 40,000 images of one archive, read as a disk would."""
+    count, batch_size, size = 40_000, 50, datasets.BLOCK * datasets.WINDOW
+
+    def seeks(shuffle):
+        reads, cached = [], np.zeros(count, dtype=bool)
+
+        def prefetch(start, stop):
+            reads.append((start, stop))
+            cached[start:stop] = True
+
+        sampler = EpochSampler(count, batch_size, 1, 0, shuffle=shuffle, prefetch=prefetch)
+        sampler.set_position(3, 7)
+        indices = []
+        for batch in sampler:
+            for _, index, _ in batch:
+                indices.append(index)
+                if not cached[index]:
+                    prefetch(index, index + 1)
+        assert indices[:50] == sampler.batch_indices(3, 7) and len(set(indices)) == len(indices) == count - 350
+        return sum(start != stop for (start, _), (_, stop) in zip(reads[1:], reads, strict=False)), indices
+
+    (random_seeks, _), (block_seeks, indices) = seeks("full"), seeks("blocks")
+    assert random_seeks > 0.99 * (count - 350) and block_seeks < 1.2 * count / datasets.BLOCK
+    first = np.array(indices[: size - 350])
+    assert len(np.unique(first // datasets.BLOCK)) <= 2 * datasets.WINDOW  # blocks start anywhere
+    assert np.abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05
 
 
 def test_order_is_reshuffled_every_epoch_and_has_whole_steps_only():
@@ -240,7 +296,7 @@ def test_a_truncated_jpeg_is_reported_wherever_it_ends(tmp_path):
     for end in (0, 2, 100, 700, len(whole) // 2, len(whole) - 200, len(whole) - 2, len(whole) - 1):
         (tmp_path / "a.jpg").write_bytes(whole[:end])
         for dataset in readers:
-            with pytest.raises(OSError, match="none of the 1 images can be read any more; the first: .*a.jpg"):
+            with pytest.raises(UserError, match="none of the 1 images can be read any more; the first: .*a.jpg"):
                 dataset[0, 0, 0]
 
 

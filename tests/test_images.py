@@ -144,7 +144,7 @@ def test_an_image_beside_the_class_folders_is_refused(tmp_path):
 
 
 def test_the_first_of_each_class(labelled_folder):
-    first = images.Subset(ClassFolders(labelled_folder / "train", 3), 2)
+    first = images.first_of_each_class(ClassFolders(labelled_folder / "train", 3), 2)
     names = [first.name(i).split("/")[-1] for i in range(len(first))]
     assert names == ["00.png", "03.png", "01.png", "04.png", "02.png", "05.png"]
     assert first.targets.tolist() == [0, 0, 1, 1, 2, 2] and first.class_names == ["ant", "bee", "cat"]
@@ -227,7 +227,7 @@ def test_cifar_is_read_from_its_files(tmp_path, monkeypatch, num_classes):
     assert train.class_names == ["cat", "dog", "ant"] and train.targets.tolist() == [2, 0, 1, 2]
     assert np.array_equal(read_set(train, 3), pixels[3].transpose(1, 2, 0))
     assert val.targets.tolist() == [1, 0] and np.array_equal(read_set(val, 0), pixels[4].transpose(1, 2, 0))
-    assert images.Subset(train, 1).targets.tolist() == [2, 0, 1]
+    assert images.first_of_each_class(train, 1).targets.tolist() == [2, 0, 1]
 
 
 def test_cifar_that_cannot_be_downloaded_is_reported_in_one_line(tmp_path, monkeypatch):

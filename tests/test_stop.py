@@ -4,17 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, TINY, assert_same_weights, log_lines, release_locks, weights
+from conftest import SMALL, TINY, assert_same_weights, draw_images, log_lines, release_locks, weights
 
 import checkpoints
 import evaluation
 import hooks
 import main_finetune
+import shards
 import utils
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +84,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         stop = hooks.StopOnSignal()
-        stop.on_start(types.SimpleNamespace())
+        stop.on_start(types.SimpleNamespace(waiting=False))
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.received == 0
         stop.on_end(None)
@@ -217,3 +220,57 @@ def test_a_signal_within_a_probe_gives_it_up(small, labelled_folder, pretrain, t
     assert pretrain(*flags, "--output_dir", folder).status == 0
     assert_same_weights(weights(folder, "checkpoint-1.pth"), weights(tmp_path / "whole", "checkpoint-1.pth"))
     assert log_lines(folder) == log_lines(tmp_path / "whole")
+
+
+@pytest.fixture
+def stalling_images(tmp_path, monkeypatch):
+    """Images of which one, once the first two epochs' worth of steps are under way, takes an hour to read."""
+    folder = tmp_path / "images"
+    draw_images(folder, 8, ("a", "b"), (32, 32))
+    read = shards.read_file
+
+    def stall(path):
+        if path.endswith("05.png") and (folder / "stalled").exists():
+            time.sleep(3600)
+        return read(path)
+
+    monkeypatch.setattr(shards, "read_file", stall)
+    return folder
+
+
+def stall_after_a_step(folder, monkeypatch, then=lambda: None):
+    """From the first log line on reading stalls; then() is called in a thread, when the next step waits."""
+    note = hooks.Console.on_log
+
+    def on_log(console, run):
+        note(console, run)
+        (folder / "stalled").touch()
+
+    monkeypatch.setattr(hooks.Console, "on_log", on_log)
+
+    def watch():
+        while not (folder / "stalled").exists():
+            time.sleep(0.02)
+        time.sleep(1)
+        then()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+STALLING = [*SMALL, "--batch_size", 2, "--num_workers", 1, "--epochs", 9, "--warmup_epochs", 1, "--print_freq", 1]
+
+
+def test_a_signal_is_heard_while_a_worker_stalls(stalling_images, pretrain, tmp_path, monkeypatch):
+    stall_after_a_step(stalling_images, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    result = pretrain(*STALLING, "--data_path", stalling_images, "--output_dir", tmp_path / "out", "--picture_freq", 0)
+    assert result.status == 75 and "stopped by SIGTERM: saved" in result.out
+    step = max(checkpoints.checkpoint_position(path) for path in (tmp_path / "out").glob("*.pth"))
+    losses = result.out.count("  loss ")
+    assert 4 * step[0] + step[1] == losses  # every step that was done
+
+
+def test_a_stalled_image_is_named(stalling_images, pretrain, monkeypatch):
+    stall_after_a_step(stalling_images, monkeypatch)
+    result = pretrain(*STALLING, "--data_path", stalling_images, "--data_timeout", 1)
+    assert result.status == 1 and result.err.count("\n") == 1
+    assert "no batch came within --data_timeout 1 seconds" in result.err and "05.png" in result.err

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -77,7 +78,7 @@ def assert_fails(result, words):
 
 
 def test_help_waits_for_no_heavy_import():
-    names = ["benchmark", "collapse", "convert", "plot", "predict", "probe", "reconstruct"]
+    names = ["benchmark", "collapse", "convert", "index", "plot", "predict", "probe", "reconstruct"]
     heavy = ["timm", "torchvision", "sklearn", "matplotlib", "triton", "torch._dynamo"]
     code = f"""if True:
         import importlib, sys, utils
@@ -467,3 +468,16 @@ def test_loaders_of_the_benchmark_deliver_as_many_images(tmp_path, monkeypatch):
 )
 def test_benchmark_reports_mistakes_in_one_line(tool, flags):
     assert_fails(tool("benchmark", *flags.split(), "--device", "cpu"), flags.split()[0])
+
+
+# ---- index
+
+
+def test_index_lists_ahead_of_a_job(tool, labelled_folder, tmp_path):
+    shutil.copytree(labelled_folder, tmp_path / "data")
+    result = tool("index", tmp_path / "data")
+    assert result.status == 0 and "22 images, 3 classes; index in" in result.out and "7 images" in result.out
+    assert len(list(tmp_path.glob("data/*/.index/*/meta.json"))) == 2
+    assert_fails(tool("index", tmp_path / "nothing"), "nothing: no such folder, archive, list or table")
+    (tmp_path / "empty").mkdir()
+    assert_fails(tool("index", tmp_path / "empty"), "no image there")

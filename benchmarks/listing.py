@@ -1,0 +1,167 @@
+"""How long a data set takes to be listed, and what a process holds of it: time and memory at 1 and 14 million images.
+
+    python -m benchmarks.listing                    # 1,000,000 files of 632 bytes in 1,000 class folders: about 6 GB
+    python -m benchmarks.listing --count 100000
+
+Each figure is of a process of its own. "start" is `shards.open_index` with an index that is kept; memory is what that
+process adds to its anonymous memory (what is mapped from a file is shared and can be dropped). The folders are in the
+system's cache; the 14 million entries are the real ones repeated.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import utils  # noqa: F401  isort: skip  (before torch)
+import numpy as np
+import torch
+from PIL import Image
+
+import shards
+from datasets import EpochSampler
+from images import ImageFolder, image_extensions
+
+CLASSES = 1000
+
+
+def write_files(folder, count):
+    """So many small JPEGs in class folders, and the same in one tar file a class, as far as they are not there."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "JPEG")
+    data = file.getvalue()
+    (folder / "tars").mkdir(parents=True, exist_ok=True)
+    for number in range(CLASSES):
+        names = [f"n{number:08}_{37 * image}.JPEG" for image in range(count // CLASSES)]
+        if not (folder / "files" / f"n{number:08}").exists():
+            (folder / "files" / f"n{number:08}").mkdir(parents=True)
+            for name in names:
+                (folder / "files" / f"n{number:08}" / name).write_bytes(data)
+        if not (folder / "tars" / f"n{number:08}.tar").exists():
+            members, padding = [], bytes(-len(data) % 512)
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                members += [info.tobuf(tarfile.USTAR_FORMAT), data, padding]
+            (folder / "tars" / f"n{number:08}.tar").write_bytes(b"".join([*members, bytes(1024)]))
+
+
+def own_memory():
+    """MiB of anonymous memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+
+
+def measure(work, *args):
+    """(seconds, MiB of its own, result) of work(*args) in a new process."""
+
+    def run(pipe):
+        before, start = own_memory(), time.perf_counter()
+        result = work(*args)
+        pipe.send((time.perf_counter() - start, own_memory() - before, result))
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=run, args=(theirs,))
+    process.start()
+    outcome = ours.recv()
+    process.join()
+    return outcome
+
+
+def start(path, keep=False):
+    source = shards.find_source(path, "", False)
+    return len(shards.open_index(source, image_extensions(), keep=keep))
+
+
+def repeat_index(path, count):
+    """Keep, as that of the path, an index of its entries repeated until there are `count`."""
+    source = shards.find_source(path, "", False)
+    index = shards.open_index(source, image_extensions())
+    times, n, parts = -(-count // len(index)), len(index), len(index.parts)
+    copies = np.repeat(np.arange(times), n)
+    columns = {name: np.tile(column, times) for name, column in index.columns.items()}
+    columns["part"] = (columns["part"] + copies * parts).astype(np.uint32)
+    columns["name_end"] = columns["name_end"] + copies.astype(np.uint64) * index.name_end[-1]
+    meta = index.meta | {"parts": index.parts * times}
+    shutil.rmtree(index.folder)
+    index = shards.Index(source, shards.DEFAULTS, meta, columns)
+    shards.keep_index(index, shards.index_places(source, image_extensions(), shards.DEFAULTS))
+    return len(index)
+
+
+def take_batches(count, shuffle):
+    """The keys of 1,000 batches of 128 from the middle of an epoch."""
+    sampler = EpochSampler(count, 128, 1, 0, shuffle=shuffle)
+    sampler.set_position(3, sampler.steps_per_epoch - 1000)
+    return sum(map(len, sampler))
+
+
+def count_seeks(count, shuffle):
+    """Reads of an epoch from one archive that do not start where the last one ended; what was read is cached."""
+    position, seeks, cached = 0, 0, np.zeros(count, dtype=bool)
+
+    def read(start, stop):
+        nonlocal position, seeks
+        seeks, position = seeks + (start != position), stop
+        cached[start:stop] = True
+
+    for batch in EpochSampler(count, 128, 1, 0, shuffle=shuffle, prefetch=read):
+        for _, index, _ in batch:
+            if not cached[index]:
+                read(index, index + 1)
+    return seeks
+
+
+def read_in_workers(path):
+    """MiB of its own that a loader worker gains while it opens 20,000 images in random order, and its descriptors."""
+    images = ImageFolder(shards.find_source(path, "", False), 3)
+    order = np.random.default_rng(0).integers(0, len(images), 20_000)
+
+    def work():
+        for index in order:
+            images.index.read(int(index))
+        return len(os.listdir("/proc/self/fd"))
+
+    return measure(work)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", default=1_000_000, type=int, help="files to write")
+    parser.add_argument("--repeated", default=14_197_122, type=int, help="entries of the repeated index")
+    parser.add_argument("--folder", help="where, and kept; None: a temporary folder")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = Path(args.folder or tempfile.mkdtemp())
+    try:
+        write_files(folder, args.count)
+        time.sleep(0.1)
+        for kind in ("files", "tars"):
+            path = folder / kind
+            shutil.rmtree(path / ".index", ignore_errors=True)
+            for what, keep in (("listed", True), ("start", False)):
+                seconds, memory, count = measure(start, path, keep)
+                print(f"{kind}: {what} {count:,} images: {seconds:.2f} s, {memory:.0f} MiB", flush=True)
+            seconds, memory, descriptors = read_in_workers(path)
+            print(f"{kind}: 20,000 reads: {seconds / 0.02:.1f} us each, {memory:.1f} MiB, {descriptors} descriptors")
+            measure(repeat_index, path, args.repeated)
+            seconds, memory, count = measure(start, path)
+            print(f"{kind}: start {count:,} entries: {seconds:.2f} s, {memory:.0f} MiB", flush=True)
+            size = sum(file.stat().st_size for file in path.glob(".index/*/*"))
+            print(f"{kind}: index of {count:,} entries: {size / 2**20:.0f} MiB on disk")
+        for shuffle in ("full", "blocks"):
+            seconds, memory, keys = measure(take_batches, args.repeated, shuffle)
+            print(f"{shuffle}: 1,000 batches of 128: {1000 * seconds:.0f} ms, {memory:.1f} MiB, {keys:,} keys")
+            print(f"{shuffle}: {count_seeks(args.count, shuffle):,} seeks for {args.count:,} images", flush=True)
+    finally:
+        if not args.folder:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
