@@ -6,6 +6,7 @@ epoch), whatever the number of workers and ranks; a run resumes at any step with
 
 import functools
 import itertools
+import math
 import os
 import random
 import signal
@@ -13,12 +14,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
+import augmentations
 import flags
 import utils
 from flags import Switch, at_least, fraction
-from images import RandomCrop, Subset, build_images, check_color_mode, decode, pixel_statistics, try_open
+from images import (
+    RandomCrop,
+    Subset,
+    build_images,
+    check_color_mode,
+    check_resized,
+    decode,
+    pixel_statistics,
+    to_tensor,
+    try_open,
+)
 from utils import UserError
 
 
@@ -29,6 +40,18 @@ def add_loader_args(parser):
     add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
 
 
+def add_pixel_range_arg(add):
+    meaning = "values of gray 16-bit and float images that become black and white; None: the upper byte of 16 bits, the"
+    number = flags.number(float, math.isfinite, "a number")
+    add("--pixel_range", nargs=2, type=number, metavar=("LOW", "HIGH"), help=f"{meaning} own range of each float image")
+
+
+def check_pixel_range(args):
+    """Raise UserError unless the two numbers of --pixel_range rise."""
+    if args.pixel_range and args.pixel_range[0] >= args.pixel_range[1]:
+        raise UserError(f"--pixel_range {args.pixel_range[0]:g} {args.pixel_range[1]:g}: give the smaller first")
+
+
 def add_unlabelled_args(parser):
     """The flags of images for pre-training."""
     add = parser.add_argument_group("data").add_argument
@@ -36,12 +59,14 @@ def add_unlabelled_args(parser):
     add("--data_path", metavar="FOLDER", help="images, nested or flat; its train/ if it has one")
     add("--scale", default=(0.2, 1.0), type=float, nargs=2, help="range of the crop's area, as a fraction of the image")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
+    add_pixel_range_arg(add)
     crops = "crops per decoded image, each with its own mask; must divide --batch_size"
     add("--repeated_sampling", default=1, type=at_least(1), help=crops)
 
 
 def check_unlabelled_args(args):
     """Raise UserError for flags of `add_unlabelled_args` that do not fit each other or other flags."""
+    check_pixel_range(args)
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: must be above 0, at most 1, the smaller first")
     if args.batch_size % args.repeated_sampling:
@@ -68,6 +93,7 @@ def add_labelled_args(parser):
     center = "size of the center crop that is evaluated, as a fraction of the resized image; None: 0.875, and no crop"
     center += " for images of at most 32 or at least 384 pixels"
     add("--crop_pct", type=flags.fraction_above_0, help=center)
+    add_pixel_range_arg(add)
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", type=at_least(0.0), help="strength, only with --aa none; None: no jitter")
@@ -88,6 +114,7 @@ def add_labelled_args(parser):
 
 def check_labelled_args(args):
     """Raise UserError for flags of `add_labelled_args` that do not fit each other or other flags."""
+    check_pixel_range(args)
     if args.eval and args.disable_eval:
         raise UserError("--eval true and --disable_eval true: nothing to do; give one of them")
     if args.eval_size is not None:
@@ -109,9 +136,11 @@ def check_labelled_args(args):
 
 def build_pretrain_dataset(args):
     """The `PretrainDataset` of the flags, on all ranks. Raises UserError as `build_images` does."""
-    images = utils.on_all_ranks(lambda: build_images(args.data_set, args.data_path, "train", args.in_chans, False))
+    images = utils.on_all_ranks(
+        lambda: build_images(args.data_set, args.data_path, "train", args.in_chans, False, pixel_range=args.pixel_range)
+    )
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
-    return PretrainDataset(images, args.input_size, height * width, args.seed, args.scale, args.hflip)
+    return PretrainDataset(images, args.input_size, height * width, args.seed, args.scale, args.hflip, args.pixel_range)
 
 
 def build_dataset(is_train, args, class_names=None):
@@ -119,7 +148,8 @@ def build_dataset(is_train, args, class_names=None):
     flag, path, split = "--data_path", args.data_path, "train" if is_train else "val"
     if not is_train and args.eval_data_path:
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
-    images = build_images(args.data_set, path, split, args.in_chans, class_names=class_names, flag=flag)
+    options = dict(class_names=class_names, flag=flag, pixel_range=args.pixel_range)
+    images = build_images(args.data_set, path, split, args.in_chans, **options)
     transform = build_transform(is_train, args)
     if not is_train:
         return EvalDataset(images, transform)
@@ -149,11 +179,12 @@ def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     data_set = "DIGITS" if data_path == "DIGITS" else "IMNET"
 
     def build():
-        train = build_images(data_set, data_path, "train", args.in_chans, flag=flag)
-        val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, flag=flag)
+        options = dict(flag=flag, pixel_range=args.pixel_range)
+        train = build_images(data_set, data_path, "train", args.in_chans, **options)
+        val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, **options)
         return Subset(train, images_per_class) if images_per_class else train, val
 
-    transform = build_eval_transform(args.input_size, args.in_chans)
+    transform = build_eval_transform(args.input_size, args.in_chans, pixel_range=args.pixel_range)
     return [EvalDataset(images, transform) for images in utils.on_all_ranks(build)]
 
 
@@ -211,9 +242,9 @@ def read_or_next(images, index, read):
 class PretrainDataset(torch.utils.data.Dataset):
     """dataset[epoch, index, repeat]: a random crop (C, H, W) uint8, mask noise (L,), names of unreadable files."""
 
-    def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5):
+    def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, pixel_range=None):
         self.images, self.num_patches, self.seed, self.hflip = images, num_patches, seed, hflip
-        self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, fast=True)
+        self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, pixel_range)
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
@@ -274,31 +305,29 @@ class EvalDataset(torch.utils.data.Dataset):
     """dataset[index] is (image (C, H, W) uint8, class, index, []), or (None, None, None, [name of unreadable file])."""
 
     def __init__(self, images, transform):
-        self.images = images
-        self.read, self.resize = transform.transforms
+        self.images, self.transform = images, transform
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        image, error = try_open(self.images, index, self.read)
+        image, error = try_open(self.images, index, self.transform)
         if error is not None:
             return None, None, None, [error]
-        return self.resize(image), int(self.images.targets[index]), index, []
+        return image, int(self.images.targets[index]), index, []
 
 
 def build_transform(is_train, args):
-    """`Compose([read, augment])`: an opened or decoded image -> uint8 (C, height, width).
+    """An opened or decoded image -> uint8 (C, height, width); for training it is `Compose([read, augment])`.
 
     For training timm's: random crop (up to 32 pixels, a shift by up to 4), flip, RandAugment or color jitter.
     """
-    from timm.data import auto_augment, create_transform
+    from timm.data import create_transform
     from torchvision.transforms import InterpolationMode, v2
 
     if not is_train:
-        return build_eval_transform(getattr(args, "eval_size", None) or args.input_size, args.in_chans, args.crop_pct)
-    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-        auto_augment.NAME_TO_OP[name] = posterize
+        size = getattr(args, "eval_size", None) or args.input_size
+        return build_eval_transform(size, args.in_chans, args.crop_pct, args.pixel_range)
     size, in_chans = args.input_size, args.in_chans
     mean, _ = pixel_statistics(in_chans, args.imagenet_default_mean_and_std)
     timms = create_transform(
@@ -311,21 +340,15 @@ def build_transform(is_train, args):
         auto_augment=args.aa,
         interpolation=args.train_interpolation,  # of RandAugment
     )
-    read = RandomCrop(size, (0.08, 1.0), args.train_interpolation, in_chans)
+    read = RandomCrop(size, (0.08, 1.0), args.train_interpolation, in_chans, args.pixel_range)
     if min(size) <= 32:
-        resize = v2.Resize(size, InterpolationMode.BICUBIC)
-        read = v2.Compose([functools.partial(decode, in_chans=in_chans), resize, v2.RandomCrop(size, padding=4)])
-    return v2.Compose([read, v2.Compose(timms.transforms[1:])])  # without timm's own random crop
+        whole = functools.partial(decode, in_chans=in_chans, pixel_range=args.pixel_range)
+        read = v2.Compose([whole, v2.Resize(size, InterpolationMode.BICUBIC), v2.RandomCrop(size, padding=4)])
+    between = timms.transforms[1:-1]  # without timm's own random crop and its conversion to a tensor
+    return v2.Compose([read, v2.Compose([to_tensor, *itertools.chain(*map(augmentations.on_tensors, between))])])
 
 
-def posterize(image, bits, **_):
-    """timm's operation, also for the 0 bits that it may draw, which Pillow from 13 on refuses."""
-    from timm.data import auto_augment
-
-    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
-
-
-def build_eval_transform(size, in_chans, crop_pct=None):
+def build_eval_transform(size, in_chans, crop_pct=None, pixel_range=None):
     """timm's: the shorter side resized to size / crop_pct, and the center cut out. Without crop_pct it is 0.875, but
     up to 32 and from 384 pixels on the image is resized to the very size."""
     from timm.data import create_transform
@@ -334,7 +357,15 @@ def build_eval_transform(size, in_chans, crop_pct=None):
     whole = not crop_pct and not 32 < min(size) < 384
     crop = dict(crop_pct=1.0, crop_mode="squash") if whole else dict(crop_pct=crop_pct or 0.875)
     timms = create_transform((in_chans, *size), normalize=False, interpolation="bicubic", **crop)
-    return v2.Compose([functools.partial(decode, in_chans=in_chans), timms])
+    steps = [functools.partial(decode, in_chans=in_chans, pixel_range=pixel_range), timms]
+    if not whole:
+        steps.insert(1, functools.partial(check_resized, shorter=int(max(size) / crop["crop_pct"])))
+    return v2.Compose(steps)
+
+
+def stack(imgs):
+    """Images (C, H, W) as a batch (N, C, H, W), channels last in memory, as they come and as the networks compute."""
+    return torch.stack([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
 
 
 class Batch(NamedTuple):  # of pre-training
@@ -345,7 +376,7 @@ class Batch(NamedTuple):  # of pre-training
     @staticmethod
     def collate(samples):
         imgs, noise, unreadable = zip(*samples, strict=True)
-        return Batch(torch.stack(imgs), torch.stack(noise), sum(unreadable, []))
+        return Batch(stack(imgs), torch.stack(noise), sum(unreadable, []))
 
 
 class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
@@ -359,7 +390,7 @@ class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
         unreadable = sum((sample[3] for sample in samples), [])
         read = [sample[:3] for sample in samples if sample[0] is not None]
         imgs, targets, indices = zip(*read, strict=True) if read else ((), (), ())
-        imgs = torch.stack(imgs) if read else torch.empty(0)
+        imgs = stack(imgs) if read else torch.empty(0)
         return LabelledBatch(imgs, torch.tensor(targets), torch.tensor(indices), unreadable)
 
 

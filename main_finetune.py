@@ -11,6 +11,7 @@ Run the same command again to resume after a stop of any kind.
 import flags
 
 import utils  # isort: skip  (before torch)
+import argparse
 from functools import partial
 
 import torch
@@ -128,6 +129,9 @@ def load_finetune(args, model):
         report = load_backbone(model, find_weights(checkpoint, args.model_key, args.model_prefix))
     for line in report:
         log(f"{args.finetune}: {line}")
+    before = checkpoints.training_flags(checkpoint).get("pixel_range")
+    if before and list(before) != list(args.pixel_range or ()):
+        log(f"{args.finetune}: trained with --pixel_range {before[0]:g} {before[1]:g}, which this run does not give")
 
 
 def build_hooks(args):
@@ -173,6 +177,8 @@ def evaluate_only(args, device):
     """Evaluate --resume, else the newest checkpoint in --output_dir; no training set is loaded."""
     # checkpoint and data
     checkpoint, weights, path = find_weights_to_evaluate(args)
+    pixel_range = args.pixel_range or checkpoints.training_flags(checkpoint).get("pixel_range")
+    args = argparse.Namespace(**vars(args) | {"pixel_range": pixel_range})
     _, dataset, class_names = datasets.build_labelled_sets(args, checkpoint.get("class_names"))
     if "head.weight" in weights and len(weights["head.weight"]) != len(class_names):
         raise UserError(f"{path}: has {len(weights['head.weight'])} classes, the data {len(class_names)}")

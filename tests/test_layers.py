@@ -13,6 +13,7 @@ ORDER = """
     models.utils models.sites models.kernels models.depthwise models.weights models.cost models.convnextv2
     models.convnextv2_sparse models.convnextv2_minkowski models.fcmae utils flags
     images optim_factory run checkpoints
+    augmentations
     datasets
     evaluation engine_pretrain engine_finetune
     hooks
