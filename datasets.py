@@ -177,14 +177,15 @@ def build_labelled_sets(args, class_names=None):
 def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     """Two `EvalDataset`s, to fit a probe and to test it, on all ranks. Raises UserError as `build_images` does."""
     data_set = "DIGITS" if data_path == "DIGITS" else "IMNET"
+    pixel_range = getattr(args, "pixel_range", None)
 
     def build():
-        options = dict(flag=flag, pixel_range=args.pixel_range)
+        options = dict(flag=flag, pixel_range=pixel_range)
         train = build_images(data_set, data_path, "train", args.in_chans, **options)
         val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, **options)
         return Subset(train, images_per_class) if images_per_class else train, val
 
-    transform = build_eval_transform(args.input_size, args.in_chans, pixel_range=args.pixel_range)
+    transform = build_eval_transform(args.input_size, args.in_chans, pixel_range=pixel_range)
     return [EvalDataset(images, transform) for images in utils.on_all_ranks(build)]
 
 

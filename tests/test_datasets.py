@@ -304,7 +304,7 @@ def test_the_classes_must_be_those_of_the_model(labelled_folder):
 
 @pytest.mark.parametrize("images_per_class, count", [(0, 22), (2, 6)])
 def test_the_sets_of_a_probe(labelled_folder, images_per_class, count):
-    args = argparse.Namespace(in_chans=3, input_size=(32, 64), pixel_range=None)
+    args = argparse.Namespace(in_chans=3, input_size=(32, 64))
     train, val = datasets.build_probe_sets(args, str(labelled_folder), images_per_class)
     assert len(train) == count and len(val) == 7 and train[0][0].shape == (3, 32, 64)
     train, val = datasets.build_probe_sets(args, "DIGITS", images_per_class)
