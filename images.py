@@ -324,9 +324,8 @@ def decode_fast(image, in_chans, shrink=1, pixel_range=None):
 
 def decode_jpeg(image, shrink=1):
     """A JPEG that Pillow opened, as uint8 (C, H, W), not turned: Pillow's pixels; None where only Pillow can."""
-    try:
-        import simplejpeg
-    except ImportError:
+    simplejpeg = import_simplejpeg()
+    if simplejpeg is None:
         return None
     image.fp.seek(0)
     colorspace = "GRAY" if image.mode == "L" else "RGB"
@@ -336,6 +335,16 @@ def decode_jpeg(image, shrink=1):
     except ValueError:  # Pillow may succeed, or else says what is wrong
         return None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@functools.cache
+def import_simplejpeg():
+    """The package, or None where it is not installed."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
 
 
 def to_tensor(image):
