@@ -235,13 +235,12 @@ def decode(image, in_chans, shrink=1, pixel_range=None):
         return image
     if shrink > 1:
         image.draft(image.mode, (image.width // shrink, image.height // shrink))
-    stored = str(getattr(image, "tile", ""))  # with Pillow's name of the pixels' layout in the file
-    orientation = find_orientation(image)
+    orientation, layout = find_orientation(image), find_layout(image)
     image.load()
     if image.mode.startswith(("I", "F")):
         sixteen = ";16" in image.mode or image.format in ("PNG", "PPM")
         image = Image.fromarray(scale_to_8_bits(np.asarray(image), pixel_range, sixteen))
-    elif ";16" in stored:
+    elif ";16" in layout:
         check_16_bit_color(image, pixel_range)
     elif image.mode == "P":
         image = image.convert("RGBA")  # applies the transparent color, if any
@@ -260,11 +259,17 @@ def find_orientation(image):
     """The EXIF orientation of an opened image, 1 to 8; 1 if it has none, or if Pillow turns it by itself (TIFF)."""
     if torch.is_tensor(image) or image.format == "TIFF":
         return 1
+    find_layout(image)  # reading the tag of a PNG loads the image
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged: the pixels are there
         return 1
     return orientation if orientation in TURNS else 1
+
+
+def find_layout(image):
+    """How Pillow describes the pixels in the file of an opened image; once loaded, as it was found before."""
+    return vars(image).setdefault("layout", str(getattr(image, "tile", "")))
 
 
 def find_size(image):

@@ -112,6 +112,8 @@ def test_16_bit_colors_keep_their_upper_byte_and_12_bits_are_refused(tmp_path):
     write_16_bit_png(path, RGB.astype(np.uint16) * 16)
     with pytest.raises(ValueError, match="16-bit colors whose upper byte does not exceed 15: convert them to 8 bits"):
         read_image(path, 3)
+    with pytest.raises(ValueError, match="16-bit colors"), Image.open(path) as image:
+        random_crop((8, 8))(image)
     assert np.array_equal(read_image(path, 3, pixel_range=(0, 65535)), RGB // 16)
 
 
