@@ -8,6 +8,7 @@ import csv
 import functools
 import io
 import itertools
+import math
 import os
 import random
 import signal
@@ -15,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
+import augmentations
 import flags
 import shards
 import utils
@@ -26,10 +27,12 @@ from images import (
     RandomCrop,
     build_images,
     check_color_mode,
+    check_resized,
     decode,
     first_of_each_class,
     pixel_statistics,
     split_validation,
+    to_tensor,
     try_open,
 )
 from utils import TrainingError, UserError
@@ -48,6 +51,18 @@ def add_loader_args(parser):
     add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
 
 
+def add_pixel_range_arg(add):
+    meaning = "values of gray 16-bit and float images that become black and white; None: the upper byte of 16 bits, the"
+    number = flags.number(float, math.isfinite, "a number")
+    add("--pixel_range", nargs=2, type=number, metavar=("LOW", "HIGH"), help=f"{meaning} own range of each float image")
+
+
+def check_pixel_range(args):
+    """Raise UserError unless the two numbers of --pixel_range rise."""
+    if args.pixel_range and args.pixel_range[0] >= args.pixel_range[1]:
+        raise UserError(f"--pixel_range {args.pixel_range[0]:g} {args.pixel_range[1]:g}: give the smaller first")
+
+
 def add_unlabelled_args(parser):
     """The flags of images for pre-training."""
     add = parser.add_argument_group("data").add_argument
@@ -55,6 +70,7 @@ def add_unlabelled_args(parser):
     add("--data_path", metavar="FOLDER", help="images, nested or flat; its train/ if it has one")
     add("--scale", default=(0.2, 1.0), type=float, nargs=2, help="range of the crop's area, as a fraction of the image")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
+    add_pixel_range_arg(add)
     crops = "crops per decoded image, each with its own mask; must divide --batch_size"
     add("--repeated_sampling", default=1, type=at_least(1), help=crops)
     add_source_args(add)
@@ -72,6 +88,7 @@ def add_source_args(add):
 
 def check_unlabelled_args(args):
     """Raise UserError for flags of `add_unlabelled_args` that do not fit each other or other flags."""
+    check_pixel_range(args)
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: must be above 0, at most 1, the smaller first")
     if args.batch_size % args.repeated_sampling:
@@ -100,6 +117,7 @@ def add_labelled_args(parser):
     center = "size of the center crop that is evaluated, as a fraction of the resized image; None: 0.875, and no crop"
     center += " for images of at most 32 or at least 384 pixels"
     add("--crop_pct", type=flags.fraction_above_0, help=center)
+    add_pixel_range_arg(add)
     add_source_args(add)
 
     add = parser.add_argument_group("augmentation").add_argument
@@ -121,6 +139,7 @@ def add_labelled_args(parser):
 
 def check_labelled_args(args):
     """Raise UserError for flags of `add_labelled_args` that do not fit each other or other flags."""
+    check_pixel_range(args)
     if args.eval_size is not None:
         flags.check_image_size("eval_size", args.eval_size, least=8 * args.stem_stride)
     if args.data_set in ("DIGITS", "CIFAR", "CIFAR10"):
@@ -163,10 +182,13 @@ def on_all_ranks(build):
 def build_pretrain_dataset(args):
     """The `PretrainDataset` of the flags, on all ranks. Raises UserError as `build_images` does."""
     source = args.data_set, args.data_path, "train", args.in_chans, False
-    (images,) = on_all_ranks(lambda: [build_images(*source, options=source_options(args))])
+    options = dict(options=source_options(args), pixel_range=args.pixel_range)
+    (images,) = on_all_ranks(lambda: [build_images(*source, **options)])
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
-    patches = height * width
-    return PretrainDataset(images, args.input_size, patches, args.seed, args.scale, args.hflip, args.max_bad_images)
+    options = dict(scale=args.scale, hflip=args.hflip, pixel_range=args.pixel_range)
+    return PretrainDataset(
+        images, args.input_size, height * width, args.seed, **options, max_bad_images=args.max_bad_images
+    )
 
 
 def build_dataset(is_train, args, class_names=None):
@@ -183,11 +205,9 @@ def build_labelled_images(is_train, args, class_names=None):
     flag, path, split = "--data_path", args.data_path, "train" if is_train or args.val_fraction else "val"
     if not is_train and args.eval_data_path:
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
-    data_set = (
-        "image_folder" if args.val_fraction and args.data_set == "IMNET" else args.data_set
-    )  # train/ or the whole
-    options = source_options(args)
-    images = build_images(data_set, path, split, args.in_chans, class_names=class_names, flag=flag, options=options)
+    whole = args.val_fraction and args.data_set == "IMNET"  # which need not have a train/
+    options = dict(class_names=class_names, flag=flag, options=source_options(args), pixel_range=args.pixel_range)
+    images = build_images("image_folder" if whole else args.data_set, path, split, args.in_chans, **options)
     if args.val_fraction:
         images = split_validation(images, args.val_fraction, args.seed)[0 if is_train else 1]
         if not len(images):
@@ -228,15 +248,15 @@ def build_labelled_sets(args, class_names=None):
 
 def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     """Two `EvalDataset`s, to fit a probe and to test it, on all ranks. Raises UserError as `build_images` does."""
-    data_set, options = "DIGITS" if data_path == "DIGITS" else "IMNET", source_options(args)
+    data_set, pixel_range = "DIGITS" if data_path == "DIGITS" else "IMNET", getattr(args, "pixel_range", None)
 
     def build():
-        common = dict(flag=flag, options=options)
+        common = dict(flag=flag, options=source_options(args), pixel_range=pixel_range)
         train = build_images(data_set, data_path, "train", args.in_chans, **common)
         val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, **common)
         return first_of_each_class(train, images_per_class) if images_per_class else train, val
 
-    transform = build_eval_transform(args.input_size, args.in_chans)
+    transform = build_eval_transform(args.input_size, args.in_chans, pixel_range=pixel_range)
     return [EvalDataset(images, transform) for images in on_all_ranks(build)]
 
 
@@ -376,10 +396,12 @@ def read_or_next(images, index, read, max_bad_images):
 class PretrainDataset(torch.utils.data.Dataset):
     """dataset[epoch, index, repeat]: a random crop (C, H, W) uint8, mask noise (L,), names of unreadable files."""
 
-    def __init__(self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, max_bad_images=100):
+    def __init__(
+        self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, pixel_range=None, max_bad_images=100
+    ):  # fmt: skip
         self.images, self.num_patches, self.seed, self.hflip = images, num_patches, seed, hflip
         self.max_bad_images = max_bad_images
-        self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, fast=True)
+        self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, pixel_range)
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
@@ -440,31 +462,29 @@ class EvalDataset(torch.utils.data.Dataset):
     """dataset[index] is (image (C, H, W) uint8, class, index, []), or (None, None, None, [name of unreadable file])."""
 
     def __init__(self, images, transform):
-        self.images = images
-        self.read, self.resize = transform.transforms
+        self.images, self.transform = images, transform
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        image, error = open_and_read(self.images, index, self.read)
+        image, error = open_and_read(self.images, index, self.transform)
         if error is not None:
             return None, None, None, [error]
-        return self.resize(image), int(self.images.targets[index]), index, []
+        return image, int(self.images.targets[index]), index, []
 
 
 def build_transform(is_train, args):
-    """`Compose([read, augment])`: an opened or decoded image -> uint8 (C, height, width).
+    """An opened or decoded image -> uint8 (C, height, width); for training it is `Compose([read, augment])`.
 
     For training timm's: random crop (up to 32 pixels, a shift by up to 4), flip, RandAugment or color jitter.
     """
-    from timm.data import auto_augment, create_transform
+    from timm.data import create_transform
     from torchvision.transforms import InterpolationMode, v2
 
     if not is_train:
-        return build_eval_transform(getattr(args, "eval_size", None) or args.input_size, args.in_chans, args.crop_pct)
-    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-        auto_augment.NAME_TO_OP[name] = posterize
+        size = getattr(args, "eval_size", None) or args.input_size
+        return build_eval_transform(size, args.in_chans, args.crop_pct, args.pixel_range)
     size, in_chans = args.input_size, args.in_chans
     mean, _ = pixel_statistics(in_chans, args.imagenet_default_mean_and_std)
     timms = create_transform(
@@ -477,21 +497,15 @@ def build_transform(is_train, args):
         auto_augment=args.aa,
         interpolation=args.train_interpolation,  # of RandAugment
     )
-    read = RandomCrop(size, (0.08, 1.0), args.train_interpolation, in_chans)
+    read = RandomCrop(size, (0.08, 1.0), args.train_interpolation, in_chans, args.pixel_range)
     if min(size) <= 32:
-        resize = v2.Resize(size, InterpolationMode.BICUBIC)
-        read = v2.Compose([functools.partial(decode, in_chans=in_chans), resize, v2.RandomCrop(size, padding=4)])
-    return v2.Compose([read, v2.Compose(timms.transforms[1:])])  # without timm's own random crop
+        whole = functools.partial(decode, in_chans=in_chans, pixel_range=args.pixel_range)
+        read = v2.Compose([whole, v2.Resize(size, InterpolationMode.BICUBIC), v2.RandomCrop(size, padding=4)])
+    between = timms.transforms[1:-1]  # without timm's own random crop and its conversion to a tensor
+    return v2.Compose([read, v2.Compose([to_tensor, *itertools.chain(*map(augmentations.on_tensors, between))])])
 
 
-def posterize(image, bits, **_):
-    """timm's operation, also for the 0 bits that it may draw, which Pillow from 13 on refuses."""
-    from timm.data import auto_augment
-
-    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
-
-
-def build_eval_transform(size, in_chans, crop_pct=None):
+def build_eval_transform(size, in_chans, crop_pct=None, pixel_range=None):
     """timm's: the shorter side resized to size / crop_pct, and the center cut out. Without crop_pct it is 0.875, but
     up to 32 and from 384 pixels on the image is resized to the very size."""
     from timm.data import create_transform
@@ -500,7 +514,15 @@ def build_eval_transform(size, in_chans, crop_pct=None):
     whole = not crop_pct and not 32 < min(size) < 384
     crop = dict(crop_pct=1.0, crop_mode="squash") if whole else dict(crop_pct=crop_pct or 0.875)
     timms = create_transform((in_chans, *size), normalize=False, interpolation="bicubic", **crop)
-    return v2.Compose([functools.partial(decode, in_chans=in_chans), timms])
+    steps = [functools.partial(decode, in_chans=in_chans, pixel_range=pixel_range), timms]
+    if not whole:
+        steps.insert(1, functools.partial(check_resized, shorter=int(max(size) / crop["crop_pct"])))
+    return v2.Compose(steps)
+
+
+def stack(imgs):
+    """Images (C, H, W) as a batch (N, C, H, W), channels last in memory, as they come and as the networks compute."""
+    return torch.stack([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
 
 
 class Batch(NamedTuple):  # of pre-training
@@ -511,7 +533,7 @@ class Batch(NamedTuple):  # of pre-training
     @staticmethod
     def collate(samples):
         imgs, noise, unreadable = zip(*samples, strict=True)
-        return Batch(torch.stack(imgs), torch.stack(noise), sum(unreadable, []))
+        return Batch(stack(imgs), torch.stack(noise), sum(unreadable, []))
 
 
 class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
@@ -525,7 +547,7 @@ class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
         unreadable = sum((sample[3] for sample in samples), [])
         read = [sample[:3] for sample in samples if sample[0] is not None]
         imgs, targets, indices = zip(*read, strict=True) if read else ((), (), ())
-        imgs = torch.stack(imgs) if read else torch.empty(0)
+        imgs = stack(imgs) if read else torch.empty(0)
         return LabelledBatch(imgs, torch.tensor(targets), torch.tensor(indices), unreadable)
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 import shards
@@ -22,17 +23,24 @@ import utils
 from utils import UserError
 
 COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
-STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow recognizes these but cannot decode them
+UNSUPPORTED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS"}  # Pillow has no decoder; for EPS it starts Ghostscript
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, RGB
 INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 @functools.cache
+def find_formats():
+    """The names of the formats that Pillow decodes within this process, in the order in which it tries them."""
+    Image.preinit()  # the usual ones first
+    Image.init()
+    return [name for name in Image.ID if name not in UNSUPPORTED_FORMATS]
+
+
+@functools.cache
 def image_extensions():
     """The suffixes of files that hold an image, in lower case."""
-    Image.init()
-    readable = set(Image.OPEN) - STUB_FORMATS
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable) | {".npy"}
+    readable, names = find_formats(), Image.registered_extensions()
+    return frozenset(extension for extension, name in names.items() if name in readable) | {".npy"}
 
 
 def find_images(folder):
@@ -204,12 +212,13 @@ def hash_arrays(*arrays):
 
 
 def build_images(
-    data_set, path, split, in_chans, labelled=True, class_names=None, flag="--data_path", options=shards.DEFAULTS
+    data_set, path, split, in_chans, labelled=True, class_names=None, flag="--data_path", options=shards.DEFAULTS,
+    pixel_range=None,
 ):  # fmt: skip
     """The image set that --data_set names. Another one is added here and to the choices of the flag.
 
-    split: "train", "val", or "" if path has no such parts. flag: where path comes from. Raises UserError if none of the
-    first 100 images can be read.
+    split: "train", "val", or "" if path has no such parts. flag: where path comes from. pixel_range: see `decode`.
+    Raises UserError if none of the first 100 images can be read.
     """
     if data_set == "DIGITS":
         return Digits(split == "train", in_chans)
@@ -224,7 +233,10 @@ def build_images(
     except OSError as error:
         problem = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
         subfolder = "" if Path(str(error)) == Path(path) else f" {error}"
-        raise UserError(f"{flag} {path}: {problem}{subfolder}; give {accepted}, or --data_set DIGITS") from None
+        others = "--data_set DIGITS"
+        if split == "val" and subfolder:
+            others = "--eval_data_path FOLDER, --val_fraction 0.1 (of the training images), or --disable_eval"
+        raise UserError(f"{flag} {path}: {problem}{subfolder}; give {accepted}, or {others}") from None
     if source.kind == "array":
         images = ArrayFile(source, in_chans, class_names)
         if labelled and not images.is_labelled:
@@ -238,7 +250,7 @@ def build_images(
         raise UserError(f"{flag} {source}: no image there; give {accepted}: files that Pillow reads, or .npy")
     errors = []
     for index in range(min(len(images), 100)):
-        _, error = try_open(images, index, lambda image: decode(image, in_chans))
+        _, error = try_open(images, index, lambda image: decode(image, in_chans, pixel_range=pixel_range))
         if error is None:
             return images
         errors.append(error)
@@ -268,7 +280,7 @@ def open_image(file, in_chans, name=None):
     if in_chans not in COLOR_MODES:
         raise ValueError(f"image files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays have others")
     try:
-        return Image.open(file)
+        return Image.open(file, formats=find_formats())
     except UnidentifiedImageError:
         raise UnidentifiedImageError("not an image in a format that Pillow reads") from None
 
@@ -285,61 +297,144 @@ def open_array(array, in_chans):
 
 
 def try_open(images, index, read):
-    """(read(opened image), None), or (None, "name (error)") of an image that cannot be read."""
+    """(read(opened image), None), or (None, "name (error)"), in one line, of an image that cannot be read."""
     try:
         with images.open(index) as image:
             return read(image), None
     except Exception as error:  # Pillow's plugins raise nearly everything
-        return None, f"{images.name(index)} ({type(error).__name__}: {error})"
+        return None, in_one_line(f"{images.name(index)} ({type(error).__name__}: {error})")
 
 
-def decode(image, in_chans, shrink=1):
-    """The pixels of an opened image: a Pillow image of mode COLOR_MODES[in_chans]; a tensor as it is.
+def in_one_line(text):
+    """The text with its control characters as escapes, such as \\n: a file's name may hold any."""
+    return "".join(repr(char)[1:-1] if char < " " or char == "\x7f" else char for char in text)
 
-    shrink: for a JPEG 2, 4 or 8 decodes each side at 1 / shrink of its length, rounded up.
+
+def decode(image, in_chans, shrink=1, pixel_range=None):
+    """The pixels of an opened image, upright: a Pillow image of mode COLOR_MODES[in_chans]; a tensor as it is.
+
+    shrink: for a JPEG 2, 4 or 8 decodes each side at 1 / shrink of its length, rounded up. pixel_range: (low, high),
+    see `scale_to_8_bits`, for gray of more than 8 bits. Raises ValueError for values that 8 bits cannot show.
     """
     if torch.is_tensor(image):
         return image
     if shrink > 1:
         image.draft(image.mode, (image.width // shrink, image.height // shrink))
+    orientation, layout = find_orientation(image), find_layout(image)
     image.load()
     if image.mode.startswith(("I", "F")):
-        image = convert_to_8_bits(image, sixteen=";16" in image.mode or image.format in ("PNG", "PPM"))
+        sixteen = ";16" in image.mode or image.format in ("PNG", "PPM")
+        image = Image.fromarray(scale_to_8_bits(np.asarray(image), pixel_range, sixteen))
+    elif ";16" in layout:
+        check_16_bit_color(image, pixel_range)
     elif image.mode == "P":
         image = image.convert("RGBA")  # applies the transparent color, if any
-    return image.convert(COLOR_MODES[in_chans])
+    image = image.convert(COLOR_MODES[in_chans])
+    return image.transpose(TURNS[orientation]) if orientation > 1 else image
 
 
-def convert_to_8_bits(gray, sixteen):
-    array = np.asarray(gray)
-    if sixteen:  # keep the upper 8 bits; stretch others from their own range
-        return Image.fromarray((array >> 8).astype(np.uint8))
-    low, high = float(array.min()), float(array.max())
-    return Image.fromarray(np.rint((array - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+# By EXIF orientation: how to turn a Pillow image upright, and which axes of (C, H, W) to reverse, from 5 on after
+# height and width have changed places
+NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(NAMES, start=2)}
+REVERSED_AXES = {2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
 
 
-def decode_fast(image, in_chans, shrink=1):
+def find_orientation(image):
+    """The EXIF orientation of an opened image, 1 to 8; 1 if it has none, or if Pillow turns it by itself (TIFF)."""
+    if torch.is_tensor(image) or image.format == "TIFF":
+        return 1
+    find_layout(image)  # reading the tag of a PNG loads the image
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged: the pixels are there
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def find_layout(image):
+    """How Pillow describes the pixels in the file of an opened image; once loaded, as it was found before."""
+    return vars(image).setdefault("layout", str(getattr(image, "tile", "")))
+
+
+def find_size(image):
+    """(height, width) of an opened image as `decode` returns it."""
+    if torch.is_tensor(image):
+        return tuple(image.shape[1:])
+    return image.size if find_orientation(image) >= 5 else image.size[::-1]
+
+
+def scale_to_8_bits(array, pixel_range=None, sixteen=False):
+    """Numbers of any dtype as uint8: low to high of pixel_range become 0 to 255, values beyond are clipped, NaN is low.
+
+    Without pixel_range 16 bits keep their upper byte, other numbers are stretched from their own minimum and maximum.
+    Raises ValueError where that would leave nothing to see: values of at most 12 bits in 16, NaN, infinite values.
+    """
+    if pixel_range is None and sixteen:
+        check_uses_16_bits(array.max(initial=0))
+        return (array >> 8).astype(np.uint8)
+    if pixel_range is None:
+        if not np.isfinite(array).all():
+            raise ValueError("holds NaN or infinite values; with --pixel_range LOW HIGH, NaN is LOW")
+        pixel_range = float(array.min()), float(array.max())
+    low, high = pixel_range
+    array = np.nan_to_num(array.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return np.rint((array.clip(low, high) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def check_uses_16_bits(highest):
+    """Raise ValueError if the highest value of a 16-bit image shows that its upper byte is nearly empty."""
+    if 0 < highest < 4096:
+        fix = "give the range of the images, such as --pixel_range 0 4095 for 12 bits"
+        raise ValueError(f"16-bit image without a value above {highest}, of 65535: {fix}")
+
+
+def check_16_bit_color(image, pixel_range):
+    """Raise ValueError if the upper bytes of 16-bit colors, all that Pillow reads, are not the picture."""
+    highest = max(high for _, high in (band.getextrema() for band in image.split()[:3]))
+    if pixel_range is not None and tuple(pixel_range) != (0, 65535):
+        raise ValueError("16-bit colors are read by their upper byte; --pixel_range is for gray images")
+    if pixel_range is None and 0 < highest < 16:
+        raise ValueError(f"16-bit colors whose upper byte does not exceed {highest}: convert them to 8 bits")
+
+
+def decode_fast(image, in_chans, shrink=1, pixel_range=None):
     """As `decode`, but faster, and as a uint8 tensor (C, H, W); RGBA stays a Pillow image."""
     plain = isinstance(image, JpegImageFile) and in_chans < 4 and image.mode in ("L", COLOR_MODES[in_chans])
-    pixels = decode_jpeg(image) if plain and shrink == 1 else None
-    if pixels is not None:
-        return pixels.expand(in_chans, -1, -1)
-    image = decode(image, in_chans, shrink)
-    # Resizing has to weigh colors by their opacity: Pillow does, tensors do not
-    return image if torch.is_tensor(image) or image.mode == "RGBA" else to_tensor(image)
+    pixels = decode_jpeg(image, shrink) if plain else None
+    if pixels is None:
+        image = decode(image, in_chans, shrink, pixel_range)
+        # Resizing has to weigh colors by their opacity: Pillow does, tensors do not
+        return image if torch.is_tensor(image) or image.mode == "RGBA" else to_tensor(image)
+    orientation = find_orientation(image)
+    if orientation > 1:
+        pixels = (pixels.transpose(1, 2) if orientation >= 5 else pixels).flip(REVERSED_AXES[orientation])
+    return pixels.expand(in_chans, -1, -1)
 
 
-def decode_jpeg(image):
-    """A JPEG that Pillow opened, as uint8 (C, H, W); None where Pillow has to decode it. The same pixels, faster."""
-    try:
-        from torchvision.io import decode_jpeg  # deprecated since torchvision 0.29
-    except ImportError:
+def decode_jpeg(image, shrink=1):
+    """A JPEG that Pillow opened, as uint8 (C, H, W), not turned: Pillow's pixels; None where only Pillow can."""
+    simplejpeg = import_simplejpeg()
+    if simplejpeg is None:
         return None
     image.fp.seek(0)
+    colorspace = "GRAY" if image.mode == "L" else "RGB"
+    least = dict(min_height=-(-image.height // shrink), min_width=-(-image.width // shrink))
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8))
-    except RuntimeError:  # Pillow may succeed, or else says what is wrong
+        pixels = simplejpeg.decode_jpeg(image.fp.read(), colorspace, **least)
+    except ValueError:  # Pillow may succeed, or else says what is wrong
         return None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@functools.cache
+def import_simplejpeg():
+    """The package, or None where it is not installed."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
 
 
 def to_tensor(image):
@@ -347,6 +442,24 @@ def to_tensor(image):
     if torch.is_tensor(image):
         return image
     return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+def to_pillow(pixels):
+    """uint8 (C, H, W) of 1 or 3 channels as a Pillow image; a Pillow image as it is."""
+    if not torch.is_tensor(pixels):
+        return pixels
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if len(pixels) == 1 else array)
+
+
+def check_resized(image, shorter):
+    """The decoded image as it is. Raises ValueError if it is too long to resize its shorter side to so many pixels."""
+    height, width = find_size(image)
+    pixels = shorter * max(shorter, max(height, width) * shorter // min(height, width))
+    if pixels > (Image.MAX_IMAGE_PIXELS or np.inf):
+        limit = f"{pixels} pixels, Pillow's limit is {Image.MAX_IMAGE_PIXELS}"
+        raise ValueError(f"{width} x {height} pixels: with the shorter side resized to {shorter} it would have {limit}")
+    return image
 
 
 class Crop(NamedTuple):  # a rectangle of an image, in pixels
@@ -371,48 +484,56 @@ def find_shrink(image, crops, size):
 
 
 class RandomCrop:
-    """Random crops of an opened image by the law of torchvision's RandomResizedCrop, resized to size (height, width).
+    """Random crops of an opened image by the law of torchvision's RandomResizedCrop, as uint8 (C, height, width).
 
-    interpolation: bicubic, bilinear or random, which is one of the two. fast: crops are uint8 tensors (C, H, W).
+    size: (height, width) to which they are resized. interpolation: bicubic, bilinear, or random: one of the two.
     """
 
-    def __init__(self, size, scale, interpolation, in_chans, fast=False):
-        from torchvision.transforms import InterpolationMode, v2
+    def __init__(self, size, scale, interpolation, in_chans, pixel_range=None):
+        from torchvision.transforms import v2
 
-        self.size, self.in_chans, self.fast = size, in_chans, fast
-        self.decode = decode_fast if fast else decode
-        self.law, self.resized_crop = v2.RandomResizedCrop(size, scale), v2.functional.resized_crop
-        names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
-        self.interpolations = [InterpolationMode(name) for name in names]
+        self.size, self.in_chans, self.pixel_range = size, in_chans, pixel_range
+        self.law = v2.RandomResizedCrop(size, scale)
+        self.interpolations = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
 
     def draw(self, image):
-        return Crop(**self.law.make_params([image]))
+        return Crop(**self.law.make_params([torch.empty(1).expand(find_size(image))]))
 
     def cut(self, image, crops):
         """Each of these crops, resized; a JPEG is decoded once and no larger than they need."""
         modes = self.interpolations
         mode = random.choice(modes) if len(modes) > 1 else modes[0]
         shrink = find_shrink(image, crops, self.size)
-        image = self.decode(image, self.in_chans, shrink)
-        cuts = [self.resized_crop(image, *crop.shrink(shrink), self.size, mode) for crop in crops]
-        return list(map(to_tensor, cuts)) if self.fast else cuts
+        pixels = decode_fast(image, self.in_chans, shrink, self.pixel_range)
+        return [resize(pixels, crop.shrink(shrink), self.size, mode) for crop in crops]
 
     def __call__(self, image):
         return self.cut(image, [self.draw(image)])[0]
 
 
+def resize(pixels, crop, size, mode):
+    """A crop of uint8 (C, H, W) or of an RGBA image, resized with antialiasing to (height, width): uint8 (C, h, w)."""
+    top, left, height, width = crop
+    if torch.is_tensor(pixels):
+        part = pixels[None, :, top : top + height, left : left + width]
+        part = part.contiguous(memory_format=torch.channels_last)  # the fastest for 3 channels
+        return F.interpolate(part, size, mode=mode, antialias=True)[0]
+    box, filter = (left, top, left + width, top + height), Image.Resampling[mode.upper()]
+    return to_tensor(pixels.crop(box).resize(size[::-1], filter))
+
+
 def read_files(flag, paths, in_chans, transform):
-    """Yield (path, transform(image)) of files and of folders of them. Raises UserError for none and unreadable ones."""
+    """Yield (path, transform(opened image)) of files and of folders of them. Raises UserError for an unreadable one."""
     files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
     if not files:
         raise UserError(f"{flag} {' '.join(paths)}: no image there")
     for file in files:
         try:
             with open_image(file, in_chans) as image:
-                pixels = decode(image, in_chans)
+                pixels = transform(image)
         except Exception as error:  # Pillow's plugins raise nearly everything
-            raise UserError(f"{flag} {file}: cannot be read: {error}") from None
-        yield file, transform(pixels)
+            raise UserError(in_one_line(f"{flag} {file}: cannot be read: {error}")) from None
+        yield file, pixels
 
 
 @functools.cache  # a copy to a GPU for each batch would wait for it

@@ -139,6 +139,9 @@ def load_finetune(args, model):
         report = load_backbone(model, state)
     for line in report:
         log(f"{args.finetune}: {line}")
+    before = checkpoints.training_flags(checkpoint).get("pixel_range")
+    if before and list(before) != list(args.pixel_range or ()):
+        log(f"{args.finetune}: trained with --pixel_range {before[0]:g} {before[1]:g}, which this run does not give")
 
 
 def check_size(state, model):
@@ -194,7 +197,9 @@ def find_checkpoint_to_evaluate(args):
 
 
 # What an evaluation takes from the training of the checkpoint. Some of it, the weights themselves say.
-TRAINING_FLAGS = ("model", "in_chans", "stem_stride", "input_size", "crop_pct", "imagenet_default_mean_and_std")
+TRAINING_FLAGS = (
+    "model", "in_chans", "stem_stride", "input_size", "crop_pct", "imagenet_default_mean_and_std", "pixel_range",
+)  # fmt: skip
 
 
 def adopt_training_flags(args, checkpoint, path, model):

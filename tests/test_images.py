@@ -1,20 +1,22 @@
 """Which files are found, what is read from them, how they are cropped and normalized."""
 
 import pickle
+import struct
+import sys
+import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_image
 from torchvision.transforms import v2
 
 import images
-from images import ClassFolders, Crop, Digits, RandomCrop, build_images, find_images
+from images import ClassFolders, Crop, Digits, ImageFolder, RandomCrop, build_images, find_images
 from utils import UserError
-
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
 
 GRAY = np.arange(64, dtype=np.uint8).reshape(8, 8)
 RGB = np.stack([GRAY, GRAY * 2, 255 - GRAY], axis=-1)
@@ -25,9 +27,9 @@ def save(tmp_path, image, name):
     return tmp_path / name
 
 
-def read_image(path, in_chans):
+def read_image(path, in_chans, **options):
     with images.open_image(path, in_chans) as image:
-        return images.decode(image, in_chans)
+        return images.decode(image, in_chans, **options)
 
 
 def read_set(image_set, index):
@@ -77,6 +79,74 @@ def test_16_bit_gray_keeps_its_upper_byte(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.pgm", 1), GRAY)
 
 
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_12_bits_in_a_16_bit_file_are_refused_with_the_range_that_shows_them(tmp_path, extension):
+    """The upper byte of 16 bits would show 16 levels of them."""
+    twelve = GRAY.astype(np.uint16) * 65
+    path = save(tmp_path, Image.fromarray(twelve), f"a.{extension}")
+    with pytest.raises(ValueError, match="16-bit image without a value above 4095, of 65535: .* --pixel_range 0 4095"):
+        read_image(path, 1)
+    with pytest.raises(UserError, match="none of the first 1 images can be read: .*--pixel_range 0 4095"):
+        build_images("image_folder", tmp_path, "train", 1, labelled=False)
+    assert np.array_equal(read_image(path, 1, pixel_range=(0, 4095)), np.rint(twelve * (255 / 4095)))
+    assert len(build_images("image_folder", tmp_path, "train", 1, labelled=False, pixel_range=(0, 4095)))
+    assert not np.any(read_image(save(tmp_path, Image.fromarray(twelve * 0), f"black.{extension}"), 1))
+
+
+def write_16_bit_png(path, array):
+    """Colors (H, W, 3) uint16, which Pillow reads but does not write."""
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
+    header = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], 16, 2, 0, 0, 0)
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
+
+
+def test_16_bit_colors_keep_their_upper_byte_and_12_bits_are_refused(tmp_path):
+    path = tmp_path / "a.png"
+    write_16_bit_png(path, RGB.astype(np.uint16) * 257)
+    assert np.array_equal(read_image(path, 3), RGB)
+    with pytest.raises(ValueError, match="--pixel_range is for gray images"):
+        read_image(path, 3, pixel_range=(0, 4095))
+    write_16_bit_png(path, RGB.astype(np.uint16) * 16)
+    with pytest.raises(ValueError, match="16-bit colors whose upper byte does not exceed 15: convert them to 8 bits"):
+        read_image(path, 3)
+    with pytest.raises(ValueError, match="16-bit colors"), Image.open(path) as image:
+        random_crop((8, 8))(image)
+    assert np.array_equal(read_image(path, 3, pixel_range=(0, 65535)), RGB // 16)
+
+
+def test_not_a_number_is_refused_or_with_a_range_its_lowest(tmp_path):
+    array = GRAY.astype(np.float32)
+    array[2, 3], array[4, 4] = np.nan, np.inf
+    path = save(tmp_path, Image.fromarray(array), "float.tif")
+    with pytest.raises(ValueError, match="holds NaN or infinite values; with --pixel_range LOW HIGH, NaN is LOW"):
+        read_image(path, 1)
+    found = np.asarray(read_image(path, 1, pixel_range=(10, 50)))
+    expected = np.rint((GRAY.clip(10, 50) - 10.0) * (255 / 40))
+    expected[2, 3], expected[4, 4] = 0, 255
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_a_pixel_range_is_the_same_for_every_image_and_decoder(tmp_path, dtype):
+    array = (GRAY.astype(dtype) / 3).astype(dtype)
+    path = save(tmp_path, Image.fromarray(array), "a.tif")
+    expected = np.rint((array.clip(1, 5).astype(float) - 1) * (255 / 4))
+    assert np.array_equal(read_image(path, 1, pixel_range=(1, 5)), expected)
+    with images.open_image(path, 3) as image:
+        assert np.array_equal(images.decode_fast(image, 3, pixel_range=(1, 5))[2], expected)
+    crop = RandomCrop((8, 8), (1, 1), "bicubic", 1, pixel_range=(1, 5))
+    with images.open_image(path, 1) as image:
+        assert np.array_equal(crop.cut(image, [Crop(0, 0, 8, 8)])[0][0], expected)
+
+
+def test_a_pixel_range_leaves_8_bits_alone(tmp_path):
+    path = save(tmp_path, Image.fromarray(GRAY), "a.png")
+    assert np.array_equal(read_image(path, 1, pixel_range=(0, 4095)), GRAY)
+
+
 def test_floating_point_gray_is_stretched(tmp_path):
     path = save(tmp_path, Image.fromarray(GRAY.astype(np.float32) / 63 - 0.5), "float.tif")
     assert np.abs(np.asarray(read_image(path, 1)).astype(float) - GRAY / 63 * 255).max() <= 0.5
@@ -97,6 +167,80 @@ def test_image_files_have_no_other_number_of_channels(tmp_path):
     path = save(tmp_path, Image.fromarray(RGB), "a.png")
     with pytest.raises(ValueError, match="only .npy arrays have others"):
         read_image(path, 5)
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.jpg"])
+def test_no_file_starts_another_program(tmp_path, monkeypatch, name):
+    """Pillow hands EPS files, whatever they are called, to Ghostscript."""
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **options: started.append(arguments))
+    Image.fromarray(RGB).save(tmp_path / name, format="EPS")
+    with pytest.raises(Image.UnidentifiedImageError):
+        read_image(tmp_path / name, 3)
+    assert not started and (name == "a.jpg") == bool(find_images(tmp_path))
+
+
+def test_every_other_format_of_pillow_is_tried():
+    Image.init()
+    assert set(Image.OPEN) - set(images.find_formats()) == {"BUFR", "EPS", "GRIB", "HDF5", "MPEG"}
+    assert images.find_formats().index("JPEG") < 6  # the usual ones first
+
+
+def test_a_file_is_named_in_one_line_whatever_it_is_called(tmp_path):
+    (tmp_path / "a\nb\x1b[1m.png").write_text("not an image")
+    _, error = images.try_open(ImageFolder(tmp_path, 3), 0, images.decode)
+    assert error.startswith(f"{tmp_path}/a\\nb\\x1b[1m.png (UnidentifiedImageError: ") and error.isprintable()
+    with pytest.raises(UserError, match=r"^--images .*/a\\nb\\x1b\[1m.png: cannot be read: ") as caught:
+        list(images.read_files("--images", [str(tmp_path)], 3, np.asarray))
+    assert str(caught.value).isprintable()
+
+
+# ---------------------------------------------------------------- orientation
+
+CORNERS = np.zeros((16, 24, 3), np.uint8)
+CORNERS[:8, :8], CORNERS[:8, 16:], CORNERS[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def save_turned(folder, extension, orientation):
+    """CORNERS as a camera that was turned writes it: the pixels as they are, and the tag."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    options = dict(jpg=dict(quality=100, subsampling=0), webp=dict(lossless=True)).get(extension, {})
+    Image.fromarray(CORNERS).save(folder / f"a.{extension}", exif=exif, **options)
+    return folder / f"a.{extension}"
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
+def test_an_image_is_turned_upright_as_its_exif_tag_says(tmp_path, decoder, extension, orientation):
+    path = save_turned(tmp_path, extension, orientation)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(read_image(path, 3), expected)
+    assert np.array_equal(read_fast(path, 3).permute(1, 2, 0), expected)
+    assert np.array_equal(read_image(path, 1), Image.fromarray(expected).convert("L"))
+    with Image.open(path) as image:
+        assert images.find_size(image) == expected.shape[:2]
+        (cut,) = random_crop((4, 4)).cut(image, [Crop(2, 2, 4, 4)])
+    assert np.array_equal(cut.permute(1, 2, 0), expected[2:6, 2:6])
+
+
+def test_crops_of_a_turned_image_are_those_of_the_upright_one(tmp_path, decoder):
+    turned, upright = (save(tmp_path, PHOTO, name) for name in ("a.png", "b.png"))
+    PHOTO.transpose(Image.Transpose.ROTATE_90).save(turned, exif=JPEGS["on its side"][1]["exif"])
+    for seed in range(3):
+        cuts = []
+        for path in (turned, upright):
+            torch.manual_seed(seed)
+            with Image.open(path) as image:
+                cuts.append(random_crop((40, 50))(image))
+        assert torch.equal(*cuts)
+
+
+def test_a_damaged_exif_tag_leaves_the_image_as_it_is(tmp_path):
+    PHOTO.save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*garbage")
+    assert read_fast(tmp_path / "a.jpg", 3).shape == (3, *PHOTO.size[::-1])
+    assert read_image(tmp_path / "a.jpg", 3).size == PHOTO.size
 
 
 # ---------------------------------------------------------------- folders and classes
@@ -262,18 +406,32 @@ def read_fast(path, in_chans, shrink=1):
         return images.to_tensor(images.decode_fast(image, in_chans, shrink))
 
 
+def read_by_pillow(path, in_chans, shrink=1):
+    """The reference: (C, H, W)."""
+    with images.open_image(path, in_chans) as image:
+        return images.to_tensor(images.decode(image, in_chans, shrink))
+
+
 @pytest.fixture
 def decoded(monkeypatch):
-    """The shapes that torchvision's decoder has returned."""
-    shapes, decode = [], torchvision.io.decode_jpeg
+    """The shapes (height, width, channels) that simplejpeg has returned."""
+    shapes, decode = [], simplejpeg.decode_jpeg
 
-    def count(data):
-        pixels = decode(data)
-        shapes.append(tuple(pixels.shape))
+    def count(*data, **options):
+        pixels = decode(*data, **options)
+        shapes.append(pixels.shape)
         return pixels
 
-    monkeypatch.setattr(torchvision.io, "decode_jpeg", count)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", count)
     return shapes
+
+
+@pytest.fixture(params=["simplejpeg", "Pillow"])
+def decoder(request, monkeypatch):
+    """Each of the decoders, in a test."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(images, "import_simplejpeg", lambda: None)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -289,22 +447,25 @@ def large_jpeg(tmp_path_factory):
 def test_the_fast_decoder_reads_the_same_picture(tmp_path, decoded, kind, in_chans):
     image, options = JPEGS[kind]
     image.save(tmp_path / "a.jpg", **{"format": "JPEG"} | options)
-    expected = np.atleast_3d(read_image(tmp_path / "a.jpg", in_chans)).transpose(2, 0, 1)
-    assert np.array_equal(read_fast(tmp_path / "a.jpg", in_chans), expected)
+    shrinks = [shrink for shrink in (1, 2, 4, 8) if shrink <= min(image.size)]
+    for shrink in shrinks:
+        expected = read_by_pillow(tmp_path / "a.jpg", in_chans, shrink)
+        assert torch.equal(read_fast(tmp_path / "a.jpg", in_chans, shrink), expected)
     convertible = kind == "gray" and in_chans < 4 or kind != "CMYK" and in_chans == 3
-    assert len(decoded) == convertible  # the others went through Pillow
+    assert len(decoded) == convertible * len(shrinks)  # the others went through Pillow
 
 
-@pytest.mark.parametrize("decoder", ["missing", "failing"])
-def test_pillow_decodes_what_torchvision_does_not(tmp_path, monkeypatch, decoder):
-    def fail(_):
-        raise RuntimeError("unsupported")
+@pytest.mark.parametrize("simple", ["missing", "failing"])
+def test_pillow_decodes_what_simplejpeg_does_not(tmp_path, monkeypatch, simple):
+    def fail(*_, **options):
+        raise ValueError("unsupported")
 
     PHOTO.save(tmp_path / "a.jpg")
-    if decoder == "failing":
-        monkeypatch.setattr(torchvision.io, "decode_jpeg", fail)
+    if simple == "failing":
+        monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
     else:
-        monkeypatch.delattr(torchvision.io, "decode_jpeg")
+        monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it fails
+        monkeypatch.setattr(images, "import_simplejpeg", images.import_simplejpeg.__wrapped__)
     expected = np.asarray(read_image(tmp_path / "a.jpg", 3)).transpose(2, 0, 1)
     assert np.array_equal(read_fast(tmp_path / "a.jpg", 3), expected)
 
@@ -312,10 +473,8 @@ def test_pillow_decodes_what_torchvision_does_not(tmp_path, monkeypatch, decoder
 # ---------------------------------------------------------------- random crops
 
 
-def random_crop(size, scale=(0.08, 1.0), decode=images.decode_fast, in_chans=3):
-    crop = RandomCrop(size, scale, "bicubic", in_chans, fast=decode is not images.decode)
-    crop.decode = decode
-    return crop
+def random_crop(size, scale=(0.08, 1.0), in_chans=3):
+    return RandomCrop(size, scale, "bicubic", in_chans)
 
 
 @pytest.mark.parametrize("size, scale", [((375, 500), (0.2, 1.0)), ((30, 400), (0.9, 1.0)), ((1, 1), (0.5, 0.6))])
@@ -355,23 +514,23 @@ def test_a_crop_is_what_pillow_makes_of_it_to_rounding(tmp_path, image, extensio
         for seed in range(2):
             with images.open_image(path, in_chans) as opened:
                 torch.manual_seed(seed)
-                found = images.to_tensor(crop(opened))
+                found = crop(opened)
             torch.manual_seed(seed)
             expected = cut_by_pillow(read_image(path, in_chans), crop.draw(image), (288, 352))
             difference = (found.int() - expected).abs().float()
             assert (difference <= 2).float().mean() > 0.999 and difference.mean() < 0.25
 
 
-@pytest.mark.parametrize("decode", [images.decode, images.decode_fast])
 @pytest.mark.parametrize("size", [(64, 96), (112, 112)])
-def test_a_jpeg_is_decoded_as_small_as_its_crops_allow(large_jpeg, decoded, size, decode):
-    shrinks, decodes = [], []
+def test_a_jpeg_is_decoded_as_small_as_its_crops_allow(large_jpeg, decoded, monkeypatch, decoder, size):
+    shrinks, decodes, decode = [], [], images.decode_fast
 
-    def count(image, in_chans, shrink):
-        decodes.append(images.to_tensor(decode(image, in_chans, shrink)))
+    def count(*image):
+        decodes.append(decode(*image))
         return decodes[-1]
 
-    crop = random_crop(size, (0.001, 1.0), count)
+    monkeypatch.setattr(images, "decode_fast", count)
+    crop = random_crop(size, (0.001, 1.0))
     torch.manual_seed(0)
     for _ in range(40):
         with Image.open(large_jpeg / "a.jpg") as image:
@@ -381,7 +540,7 @@ def test_a_jpeg_is_decoded_as_small_as_its_crops_allow(large_jpeg, decoded, size
         shrinks.append(max(by for by in (1, 2, 4, 8) if by == 1 or by <= room))
         assert decodes[-1].shape == (3, -(-1001 // shrinks[-1]), -(-1500 // shrinks[-1]))
     assert set(shrinks) == {1, 2, 4, 8} and len(decodes) == 40  # one for two crops
-    assert decoded == [(3, 1001, 1500)] * (shrinks.count(1) if decode is images.decode_fast else 0)
+    assert len(decoded) == (40 if decoder == "simplejpeg" else 0)
 
 
 def test_a_shrunk_crop_is_large_enough_and_shows_the_same(large_jpeg):
@@ -399,14 +558,13 @@ def test_a_shrunk_crop_is_large_enough_and_shows_the_same(large_jpeg):
     assert images.find_shrink(image.copy(), [drawn], (1, 1)) == 1  # a copy is no JPEG any more
 
 
-@pytest.mark.parametrize("decode", [images.decode, images.decode_fast])
 @pytest.mark.parametrize("by", [2, 4, 8])
-def test_a_jpeg_decoded_smaller_looks_the_same(large_jpeg, by, decode):
+def test_a_jpeg_decoded_smaller_looks_the_same(large_jpeg, by, decoder):
     """Where the crop just fits, it differs by less than moving the crop by half a pixel of the output would make it."""
 
     def cut(crop, shrunk):
         with Image.open(large_jpeg / "a.jpg") as image:
-            (pixels,) = random_crop((64, 96), decode=decode).cut(image if shrunk else image.copy(), [crop])
+            (pixels,) = random_crop((64, 96)).cut(image if shrunk else image.copy(), [crop])
         return images.to_tensor(pixels).float()
 
     for top, left in ((0, 0), (17, 31), (48, 60)):
@@ -421,7 +579,7 @@ def test_interpolation_is_one_of_two_if_random():
     image, crop = Image.fromarray(RGB), Crop(0, 0, 8, 8)
 
     def cut(interpolation):
-        return images.to_tensor(RandomCrop((20, 20), (1, 1), interpolation, 3).cut(image, [crop])[0])
+        return RandomCrop((20, 20), (1, 1), interpolation, 3).cut(image, [crop])[0]
 
     bilinear, bicubic = cut("bilinear"), cut("bicubic")
     drawn = [cut("random") for _ in range(20)]

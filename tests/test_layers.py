@@ -14,6 +14,7 @@ ORDER = """
     models.depthwise models.weights models.cost models.convnextv2
     models.convnextv2_sparse models.convnextv2_minkowski models.fcmae utils flags
     shards images optim_factory run checkpoints
+    augmentations
     datasets
     evaluation engine_pretrain engine_finetune
     hooks

@@ -822,3 +822,30 @@ def test_help_shows_groups_and_every_default(finetune):
     assert "augmentation:" in text and "evaluation:" in text
     flags = text.split("\n  --")[1:]
     assert len(flags) > 70 and all("default:" in " ".join(flag.split()) for flag in flags)
+
+
+def test_the_pixel_range_of_a_training_is_that_of_its_evaluation_and_tools(
+    narrow, finetune, tmp_path, capsys, evaluations, monkeypatch
+):
+    """12 bits in 16-bit files, which cannot be read without it."""
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        path = tmp_path / "images" / ("train", "val")[number % 2] / ("ant", "bee")[number // 4] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 4096, (40, 40), dtype=np.uint16)).save(path)
+    small = [*TINY, "--data_path", tmp_path / "images", "--batch_size", 2, "--output_dir", tmp_path / "out"]
+    brief = [*small, *"--warmup_epochs 0 --epochs 1 --aa none".split()]
+    assert "such as --pixel_range 0 4095" in finetune(*brief).err
+    assert finetune(*brief, "--pixel_range", 0, 4095).status == 0
+    checkpoint = tmp_path / "out" / "checkpoint-0.pth"
+    assert torch.load(checkpoint, weights_only=True)["args"]["pixel_range"] == [0, 4095]
+    assert finetune(*small, "--eval", "--resume", checkpoint).status == 0
+    assert finetune(*small, "--eval", "--resume", checkpoint, "--pixel_range", 0, 8191).status == 0
+    trained, same, other = (evaluation.loss for evaluation in evaluations)
+    assert trained == same != other
+    from tools import predict
+
+    predict.main(predict.get_args_parser().parse_args(["--checkpoint", str(checkpoint), str(path)]))
+    assert f"{path}: " in capsys.readouterr().out
+    again = [*brief[:-2], "--output_dir", tmp_path / "again", "--finetune", checkpoint, "--pixel_range", 0, 9999]
+    assert "trained with --pixel_range 0 4095, which this run does not give" in finetune(*again).out

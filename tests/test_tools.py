@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from timm.data import auto_augment
 from timm.models.convnext import checkpoint_filter_fn
 
+import augmentations
 import datasets
 import evaluation
 from models.convnextv2 import ConvNeXtV2
@@ -452,7 +453,7 @@ def test_loaders_of_the_benchmark_deliver_as_many_images(tmp_path, monkeypatch):
     for transform in (loaders.pretrain_transform(64), loaders.finetune_transform(64)):
         ((imgs, _),) = loaders.original_loader(tmp_path, transform)
         assert imgs.shape == (8, 3, 64, 64) and imgs.dtype == torch.float32 and imgs.min() < 0
-    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is datasets.posterize
+    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is augmentations.posterize_image
     (batch,) = loaders.project_loader("fine-tuning", tmp_path, 64)
     assert batch.imgs.shape == (8, 3, 64, 64) and batch.imgs.dtype == torch.uint8
     for repeats in (1, 4):

@@ -39,9 +39,9 @@ def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):
 
 
 def build_transform(checkpoint, input_size, in_chans):
-    """image -> normalized (C, height, width), as the checkpoint's training evaluates, at the given size."""
+    """An opened image -> normalized (C, height, width), as the checkpoint's training evaluates, at the given size."""
     flags = training_flags(checkpoint)
-    transform = build_eval_transform(size=input_size, in_chans=in_chans, crop_pct=flags.get("crop_pct"))
+    transform = build_eval_transform(input_size, in_chans, flags.get("crop_pct"), flags.get("pixel_range"))
     return lambda image: normalize(transform(image)[None], flags.get("imagenet_default_mean_and_std", True))[0]
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
+import augmentations
 import datasets
 import main_finetune
 import main_pretrain
@@ -47,7 +48,7 @@ def pretrain_transform(input_size):
 
 def finetune_transform(input_size):
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-        auto_augment.NAME_TO_OP[name] = datasets.posterize  # with Pillow 13 timm's fails now and then
+        auto_augment.NAME_TO_OP[name] = augmentations.posterize_image  # with Pillow 13 timm's fails now and then
     policy = dict(auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic")
     return create_transform(input_size, is_training=True, **policy, re_prob=0.25, re_mode="pixel")
 

@@ -6,7 +6,7 @@ python -m tools.predict --checkpoint OUTPUT/checkpoint-best.pth A.jpg B.png
 import torch
 
 import flags
-from images import read_files
+from images import in_one_line, read_files
 from tools.common import add_input_size_arg, add_model_key_arg, build_transform, choose_input_size, load_network
 
 
@@ -30,7 +30,7 @@ def main(args):
         with torch.inference_mode():
             top = model(image[None])[0].softmax(0).topk(min(args.topk, count))
         probabilities = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        print(f"{file}: {', '.join(f'{names[number]} {100 * p:.1f} %' for number, p in probabilities)}")
+        print(f"{in_one_line(file)}: {', '.join(f'{names[number]} {100 * p:.1f} %' for number, p in probabilities)}")
 
 
 if __name__ == "__main__":

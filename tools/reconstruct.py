@@ -3,6 +3,7 @@
 python -m tools.reconstruct --checkpoint OUTPUT/checkpoint-799.pth --images A.jpg B.png --output picture.png
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import flags
 import utils
 from checkpoints import load_checkpoint, training_flags
 from evaluation import draw_reconstructions
-from images import read_files
+from images import check_resized, decode, read_files
 from models import fcmae
 from tools.common import add_input_size_arg, check_output, choose_input_size, write_output
 from utils import UserError
@@ -45,7 +46,9 @@ def main(args):
     size = choose_input_size(args.input_size, checkpoint, model.patch_size, multiple_of=model.patch_size)
     ratio = training_flags(checkpoint).get("mask_ratio", 0.6) if args.mask_ratio is None else args.mask_ratio
 
-    fit = v2.Compose([v2.Resize(max(size), InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
+    read = partial(decode, in_chans=model.in_chans, pixel_range=training_flags(checkpoint).get("pixel_range"))
+    resize = [partial(check_resized, shorter=max(size)), v2.Resize(max(size), InterpolationMode.BICUBIC)]
+    fit = v2.Compose([read, *resize, v2.CenterCrop(size), v2.PILToTensor()])
     imgs = torch.stack([image for _, image in read_files("--images", args.images, model.in_chans, fit)])
     torch.manual_seed(args.seed)
     with utils.name_in_errors("--mask_ratio"):
