@@ -86,8 +86,16 @@ def add_source_args(add):
     add("--index_dir", metavar="FOLDER", help=kept)
 
 
+def check_source(args):
+    """Raise UserError for a path beside a data set that needs none."""
+    for name in ("data_path", "eval_data_path"):
+        if args.data_set == "DIGITS" and getattr(args, name, None):
+            raise UserError(f"--{name} {getattr(args, name)}: --data_set DIGITS needs none; leave one of them out")
+
+
 def check_unlabelled_args(args):
     """Raise UserError for flags of `add_unlabelled_args` that do not fit each other or other flags."""
+    check_source(args)
     check_pixel_range(args)
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: must be above 0, at most 1, the smaller first")
@@ -144,6 +152,7 @@ def check_labelled_args(args):
         flags.check_image_size("eval_size", args.eval_size, least=8 * args.stem_stride)
     if args.data_set in ("DIGITS", "CIFAR", "CIFAR10"):
         check_color_mode(args.in_chans, args.data_set)
+    check_source(args)
     if args.data_set != "DIGITS" and not args.data_path and not (args.eval and args.eval_data_path):
         raise UserError("--data_path: give a folder of class folders, or --data_set DIGITS")
     if args.val_fraction and args.eval_data_path:

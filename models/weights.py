@@ -166,6 +166,11 @@ def load_weights(model, state):
         pretrained = "head.weight" in expected and "mask_token" in state
         hint = ". Load a pre-training checkpoint with --finetune" if pretrained else ""
         raise ValueError(f"a checkpoint of another model: {count} differences, such as {examples}{hint}")
+    for name, value in state.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(
+                f"{name} holds values of {value.dtype} that are not finite numbers: the weights are spoiled"
+            )
     model.load_state_dict(state)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -390,6 +391,18 @@ def test_best_files_and_the_record_of_the_best_agree_when_a_disk_is_full(
     else:
         assert best == {} and not list(tmp_path.glob("*-best*"))
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_where_only_the_best_checkpoint_was_kept_the_run_resumes_from_it(observed, everything, pretrain, tmp_path):
+    """Else a new run would overwrite it with worse weights."""
+    shutil.copy(observed / "checkpoint-best.pth", tmp_path)
+    shutil.copy(observed / "log.txt", tmp_path)
+    result = pretrain(*everything, "--output_dir", tmp_path, "--auto_resume", "false")
+    assert result.status == 2 and "holds the checkpoints of a run" in result.err
+    best = torch.load(tmp_path / "checkpoint-best.pth")["epoch"]
+    result = pretrain(*everything, "--output_dir", tmp_path, "--epochs", best)
+    assert result.status == 0 and f"nothing left to do: {best} of {best} epochs are done" in result.out
+    assert (tmp_path / "log.txt").read_bytes() == (observed / "log.txt").read_bytes()
 
 
 def test_tensorboard_loses_no_scalar_to_a_full_disk(tmp_path):

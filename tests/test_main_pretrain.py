@@ -185,6 +185,8 @@ def test_a_finished_run_says_so(finished, small, pretrain, tmp_path):
     (tmp_path / "checkpoint-1.pth").write_bytes((finished / "checkpoint-1.pth").read_bytes())
     result = pretrain(*small, "--output_dir", tmp_path)
     assert result.status == 0 and "nothing left to do: 2 of 2 epochs are done" in result.out
+    result = pretrain(*small, "--output_dir", finished, "--epochs", 1)
+    assert "nothing left to do: 2 epochs, of --epochs 1, are done" in result.out
 
 
 def test_another_batch_size_within_an_epoch_is_refused(finished, small, pretrain):

@@ -61,7 +61,14 @@ def assert_one_clear_line(result, *words):
         ("--data_set IMAGENET", ["IMAGENET", "DIGITS"]),
         ("--resume /no/such.pth", ["/no/such.pth", "No such file"]),
         ("--output_dir /dev/null/run", ["/dev/null/run", "cannot be written"]),
-        ("@/no/such.args", ["/no/such.args"]),
+        ("@/no/such.args", ["/no/such.args", "No such file"]),
+        ("--data_set DIGITS --data_path .", ["--data_path .", "DIGITS needs none"]),
+        ("--world_size 8", ["--world_size 8", "no launcher", "torchrun"]),
+        ("--clip_grad 0", ["--clip_grad 0", "above 0"]),
+        ("--decay_rate 1e9", ["--decay_rate 1e9", "at most 1"]),
+        ("--decay_milestones -1", ["--decay_milestones", "-1"]),
+        ("--input_size 1000000000", ["--input_size 1000000000", "at most"]),
+        ("--decoder_depth 1000000000", ["--decoder_depth 1000000000", "at most"]),
         ("--repeated_sampling 3", ["--repeated_sampling 3", "divide --batch_size"]),
         ("--repeated_sampling 0", ["--repeated_sampling 0", "at least 1"]),
         ("--sched multistep", ["--decay_milestones None", "multistep"]),
@@ -158,6 +165,21 @@ def test_a_folder_with_checkpoints_is_not_overwritten(pretrain, tmp_path):
     assert_one_clear_line(result, tmp_path, "checkpoints of a run")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'--model "convnextv2_atto', "no closing quotation: each line must hold whole words"),
+        (b"--epochs 3\n@FILE", "a flag file that includes itself"),
+        (bytes(range(128, 256)), "not a text file"),
+    ],
+    ids=["quote", "circle", "binary"],
+)
+def test_a_flag_file_that_cannot_be_read(pretrain, tmp_path, content, problem):
+    path = tmp_path / "flags.args"
+    path.write_bytes(content.replace(b"FILE", bytes(path)))
+    assert_one_clear_line(pretrain(f"@{path}"), path, problem)
+
+
 # ---------------------------------------------------------------- fine-tuning
 
 
@@ -236,6 +258,10 @@ def other(labelled_folder, tmp_path):
         ("--loss mse", ["--loss", "'mse'", "ce", "bce"]),
         ("--topk 0", ["--topk 0", "at least 1"]),
         ("--eval_size 16", ["--eval_size 16", "32"]),
+        ("--recount 1000000000", ["--recount 1000000000", "at most"]),
+        ("--cutmix_minmax 0 0", ["--cutmix_minmax 0.0 0.0", "the larger above 0"]),
+        ("--color_jitter 1e9", ["--color_jitter 1e9", "from 0 to 1"]),
+        ("--opt adamw --momentum 0.8", ["--momentum 0.8", "adamw has none"]),
         ("--watch test_acc3", ["--watch test_acc3", "test_acc1", "test_recall5"]),
         ("--disable_eval true --watch test_acc1", ["--watch test_acc1", "train_loss"]),
         ("--disable_eval true --early_stop 2", ["--early_stop 2", "--watch"]),
@@ -269,7 +295,11 @@ def test_train_without_class_folders(tune, other):
 def test_no_train_or_no_val(tune, other, part):
     shutil.rmtree(other / part)
     assert_one_clear_line(
-        tune("--data_path", other), other / part, "no such folder", "a folder of images for each class"
+        tune("--data_path", other),
+        other / part,
+        "no such folder",
+        "a folder of images for each class",
+        *(["--eval_data_path", "--val_fraction", "--disable_eval"] if part == "val" else []),
     )
 
 

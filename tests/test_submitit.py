@@ -99,7 +99,7 @@ def test_without_gpus_none_are_asked_for(scheduler, submit, tmp_path):
         ("--nodes 0", "--nodes 0: must be a whole number, at least 1"),
         ("--mem_gb 0", "--mem_gb 0: must be a number above 0"),
         ("--cluster local", "--nodes 2 --ngpus 8: --cluster local takes --nodes 1 only"),
-        ("--cluster debug --nodes 1", "--cluster debug takes --nodes 1 --ngpus 1 only"),
+        ("--cluster debug --ngpus 2", "--cluster debug takes --nodes 1 --ngpus 1 only"),
         ("--partition nowhere", "--cluster slurm: sbatch: error: invalid partition specified: nowhere"),
         ("--model convnextv2_tini", "invalid choice: 'convnextv2_tini'"),
         ("--device tpu", "--device tpu: must be cpu, cuda or cuda:N"),
@@ -118,7 +118,7 @@ def test_where_there_is_no_slurm_the_error_says_so(submit, monkeypatch):
 
 
 def test_debug_trains_here(submit, tmp_path):
-    flags = [*ON_CPU, *"--cluster debug --nodes 1 --ngpus 1 --epochs 1 --warmup_epochs 0".split()]
+    flags = [*ON_CPU, *"--cluster debug --epochs 1 --warmup_epochs 0".split()]
     result = submit(FINETUNE, *flags, "--images_per_class", 8, "--batch_size", 16)
     assert result.status == 0 and "trained 1 epochs" in result.out, result.err
     assert list(tmp_path.glob("jobs/DEBUG_*/checkpoint-0.pth"))

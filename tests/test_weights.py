@@ -382,3 +382,12 @@ def test_a_stem_for_other_channels_keeps_its_response_to_a_constant_image(before
 def test_a_stem_for_as_many_channels_is_kept():
     weight, ours, report = adapted(4, 4)
     assert torch.equal(ours, weight) and not report
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j])
+def test_weights_that_are_not_finite_numbers_are_refused(value):
+    model = ConvNeXtV2(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+    state = model.state_dict()
+    state["head.bias"] = torch.full((3,), value)
+    with pytest.raises(ValueError, match="head.bias holds values of torch.* that are not finite numbers"):
+        load_weights(model, state)
