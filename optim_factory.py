@@ -271,6 +271,7 @@ def load_moments(optimizer, state):
 
 
 def check_moments(optimizer, state):
+    """Raise ValueError for an optimizer's state dict that does not fit, or is damaged."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         sizes = [len(group["params"]) for group in state["param_groups"]]
@@ -279,16 +280,20 @@ def check_moments(optimizer, state):
         kinds = {frozenset(values.keys()) for _, values in moments}
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
         raise ValueError("the optimizer's state is damaged") from None
-    if len(kinds) > 1 and type(optimizer).__name__ in ("AdamW", "Adam", "SGD"):
-        raise ValueError("the optimizer's state is damaged: parameters have different moments")
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         raise ValueError("the optimizer has other parameter groups")
+    is_plain = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # their states are known
+    if is_plain and len(kinds) > 1:
+        raise ValueError("the optimizer's state is damaged: parameters have different moments")
     for number, values in moments:
         for name, value in values.items():
-            wrong_shape = name in ("exp_avg", "exp_avg_sq", "momentum_buffer") and (
-                not torch.is_tensor(value) or value.shape != parameters[number].shape
-            )
-            not_finite = torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all()
-            is_step = torch.is_tensor(value) and value.numel() == 1 or type(value) in (int, float)
-            if wrong_shape or not_finite or name == "step" and not is_step:
+            fits = not is_plain or fits_parameter(name, value, parameters[number])
+            if not fits or torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"the optimizer's {name} of parameter {number} is damaged")
+
+
+def fits_parameter(name, value, parameter):
+    """Whether this can be the step count, or a moment, of a parameter in torch's own optimizers."""
+    if name == "step":
+        return type(value) in (int, float) or torch.is_tensor(value) and value.numel() == 1
+    return value is None or torch.is_tensor(value) and value.shape == parameter.shape
