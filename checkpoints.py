@@ -36,6 +36,7 @@ import torch
 
 import utils
 from flags import Switch, at_least
+from models import files
 from models.weights import check_same_blocks, find_weights, load_weights, remap_checkpoint_keys
 from utils import UserError, log
 
@@ -222,6 +223,9 @@ def load_checkpoint(path):
 
     Raises UserError, or DamagedCheckpoint for a file that was cut short.
     """
+    if not files.is_torch_file(path):
+        with utils.name_in_errors(path):
+            return files.read_other_file(path)
     try:
         open(path, "rb").close()
     except OSError as error:

@@ -144,12 +144,20 @@ class ConvNeXtV2(Network):
             self.head.weight.mul_(head_init_scale)
             self.head.bias.mul_(head_init_scale)
 
-    def forward_trunk(self, x):
-        """(N, in_chans, H, W) -> features of the sites (N, C, h, w), h = H / total stride."""
-        x = channels_last(x)
+    def feature_maps(self, x):
+        """(N, in_chans, H, W) -> the outputs of the four stages, for dense prediction: a list of (N, C, h, w).
+
+        C is `dims`, and h = H / stride rounded down, where the strides are 1, 2, 4 and 8 times `stem_stride`.
+        """
+        maps, x = [], channels_last(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
-        return x
+            maps.append(x)
+        return maps
+
+    def forward_trunk(self, x):
+        """(N, in_chans, H, W) -> features of the sites (N, C, h, w), h = H / total stride."""
+        return self.feature_maps(x)[-1]
 
     def forward_features(self, x):
         """(N, in_chans, H, W) -> pooled, normalized features (N, C)."""

@@ -120,7 +120,7 @@ class FCMAE(nn.Module):
     def mask_by_noise(self, x, num_visible, noise=None):
         """`gen_random_mask` by the number of visible patches."""
         if noise is None:
-            noise = torch.rand(len(x), self.num_patches(x), device=x.device)
+            noise = torch.rand(x.shape[0], self.num_patches(x), device=x.device)
         return torch.ones_like(noise).scatter(1, noise.argsort(dim=1)[:, :num_visible], 0.0)
 
     # ---- Encoder and decoder
@@ -134,13 +134,13 @@ class FCMAE(nn.Module):
 
     def encode_all(self, imgs):
         """Images (N, in_chans, H, W) -> latent (N, C, h, w) with nothing masked."""
-        visible = torch.arange(self.num_patches(imgs), device=imgs.device).expand(len(imgs), -1)
+        visible = torch.arange(self.num_patches(imgs), device=imgs.device).expand(imgs.shape[0], -1)
         return self.encoder(imgs, imgs.new_zeros(visible.shape), visible=visible)
 
     def decode(self, latent, mask):
         """Latent (N, C, h, w) and mask (N, L) -> the decoder's features (N, D, h, w)."""
         x = self.proj(latent)
-        masked = mask.view(len(x), 1, *x.shape[2:]).to(x.dtype)
+        masked = mask.view(x.shape[0], 1, *x.shape[2:]).to(x.dtype)
         x = x * (1 - masked) + self.mask_token * masked
         return self.decoder(x.contiguous(memory_format=torch.channels_last))
 

@@ -201,6 +201,7 @@ def _weight_grad_kernel(
 # ---- Operators: a reference in plain PyTorch for any device, replaced by the kernel where Triton runs
 
 # Under Triton's interpreter (TRITON_INTERPRET=1) the kernels run on the CPU too: so they are tested
+PACKAGE = __package__.replace(".", "_")  # of the operators, so that a clone and an installed copy can both be imported
 DEVICES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
 
 
@@ -243,7 +244,7 @@ def _contiguous(*tensors):
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-@torch.library.custom_op("convnextv2::depthwise_conv", mutates_args=())
+@torch.library.custom_op(f"{PACKAGE}::depthwise_conv", mutates_args=())
 def _conv(
     x: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor, visible: torch.Tensor | None, slots: torch.Tensor | None
 ) -> torch.Tensor:
@@ -268,7 +269,7 @@ def _(x, taps, bias, visible, slots):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("convnextv2::depthwise_conv_weight_grad", mutates_args=())
+@torch.library.custom_op(f"{PACKAGE}::depthwise_conv_weight_grad", mutates_args=())
 def _weight_grad(
     x: torch.Tensor, grad: torch.Tensor, visible: torch.Tensor | None, slots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

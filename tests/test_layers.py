@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: a module may import those before it, and nothing else of this project
 ORDER = """
     models.utils models.sites models.kernels models.depthwise models.weights models.cost models.convnextv2
-    models.convnextv2_sparse models.convnextv2_minkowski models.fcmae utils flags
+    models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags
     images optim_factory run checkpoints
     datasets
     evaluation engine_pretrain engine_finetune
