@@ -12,6 +12,18 @@ METRICS = ("probe_knn", "probe_linear")  # what `probe` measures
 
 
 @torch.no_grad()
+def compute_rows(function, batch, device, autocast):
+    """function(uint8 imgs, targets) -> (n, D) of a batch of images, on the CPU."""
+    with autocast():
+        return function(batch.imgs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)).cpu()
+
+
+def pool_features(maps):
+    """The features of images: the mean over all sites of their maps (N, C, h, w) -> (N, C), float32."""
+    return maps.float().mean((2, 3))
+
+
+@torch.no_grad()
 def collect(function, loader, device, autocast, divided=True, give_up=lambda: False):
     """function(uint8 imgs, targets) -> (n, D) of all images: rows (n, D), targets (n,), names of unreadable images.
 
@@ -25,9 +37,7 @@ def collect(function, loader, device, autocast, divided=True, give_up=lambda: Fa
             break
         unreadable += batch.unreadable
         if len(batch.imgs):
-            with autocast():
-                row = function(batch.imgs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True))
-            rows.append(row.cpu())
+            rows.append(compute_rows(function, batch, device, autocast))
             indices.append(batch.indices)
             targets.append(batch.targets)
     if divided:
@@ -135,15 +145,16 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give
         return 100 * ((test @ weight.T + bias).argmax(1) == test_targets).double().mean().item()
 
 
-def probe(trunk, loaders, device, autocast, give_up=lambda: False):
+def probe(trunk, loaders, device, autocast, give_up=lambda: False, imagenet=True):
     """Classify frozen features, trunk(imgs) -> (N, C, h, w) averaged over all sites, by two simple classifiers.
 
     loaders: of the images to fit on and of those to test on. Returns ({metric of METRICS: per cent}, [targets (n,),
     targets (m,)], names of unreadable images), the same on all ranks; None if any gives up. Raises as `collect` does.
+    imagenet: see `images.normalize`.
     """
 
     def mean_features(imgs, _):
-        return trunk(normalize(imgs)).float().mean((2, 3))
+        return pool_features(trunk(normalize(imgs, imagenet)))
 
     tensors, unreadable = [], []  # tensors: features and targets to fit on, features and targets to test on
     for loader in loaders:

@@ -67,6 +67,9 @@ def run_main(main, args, name):
     except KeyboardInterrupt:
         log("stopped by Ctrl-C; the same command resumes from the last checkpoint")
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, TrainingError) as error:
         shutdown_workers()
         sys.stdout.flush()

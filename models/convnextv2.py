@@ -185,10 +185,10 @@ def from_checkpoint(checkpoint, model_key="model|module"):
     """
     state, _ = split_decoder(find_weights(checkpoint, model_key))
     try:
-        config = network_options(checkpoint.get("config", {})) | network_config(state)
-    except ValueError as error:
+        config = network_options(checkpoint.get("config") or {}) | network_config(state)
+        model = ConvNeXtV2(num_classes=len(state.get("head.weight", [0])), **config)
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # of a crafted file, anything
         raise ValueError(f"{error}: must be the weights of a ConvNeXt V2") from None
-    model = ConvNeXtV2(num_classes=len(state.get("head.weight", [0])), **config)
     return model, load_backbone(model, state)
 
 

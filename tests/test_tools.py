@@ -77,7 +77,7 @@ def assert_fails(result, words):
 
 
 def test_help_waits_for_no_heavy_import():
-    names = ["benchmark", "collapse", "convert", "plot", "predict", "probe", "reconstruct"]
+    names = ["benchmark", "collapse", "convert", "neighbours", "plot", "predict", "probe", "reconstruct"]
     heavy = ["timm", "torchvision", "sklearn", "matplotlib", "triton", "torch._dynamo"]
     code = f"""if True:
         import importlib, sys, utils
@@ -314,8 +314,8 @@ def test_predict_sees_the_image_as_evaluation_does(tool, finetuned, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("FOLDER/text.png", "IMAGE FOLDER/text.png: cannot be read"),
-        ("FOLDER/none.png", "IMAGE FOLDER/none.png: cannot be read"),
+        ("FOLDER/text.png", "none of the 1 images can be read: UnidentifiedImageError"),
+        ("FOLDER/none.png", "IMAGE FOLDER/none.png: No such file or folder"),
         ("FOLDER/empty", "IMAGE FOLDER/empty: no image there"),
         ("FOLDER/a.png --topk 0", "--topk 0: must be a whole number, at least 1"),
         ("FOLDER/a.png --input_size 16", "--input_size 16: must be one or two numbers from 32 on"),

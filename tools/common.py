@@ -1,5 +1,6 @@
 """Shared by the tools: flags of weights and image size, the dense network, its transform, files to write."""
 
+import sys
 from pathlib import Path
 
 import flags
@@ -35,6 +36,13 @@ def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):
     """(height, width): input_size if given, else that of the checkpoint's training. Raises UserError if it is unfit."""
     size = input_size or training_flags(checkpoint).get("input_size", (224, 224))
     flags.check_image_size("input_size", size, multiple_of=multiple_of, least=total_stride)
+    trained = training_flags(checkpoint).get("input_size", size)
+    if tuple(trained) != tuple(size) and utils.is_main_process():
+        sizes = " x ".join(map(str, size)), " x ".join(map(str, trained))
+        print(
+            f"WARNING: --input_size makes images of {sizes[0]}: the checkpoint was trained at {sizes[1]}",
+            file=sys.stderr,
+        )
     return size
 
 
@@ -45,15 +53,15 @@ def build_transform(checkpoint, input_size, in_chans):
     return lambda image: normalize(transform(image)[None], flags.get("imagenet_default_mean_and_std", True))[0]
 
 
-def check_output(output, images):
-    """Raise UserError if --output is one of the images to read."""
+def check_output(output, images, flag="--output"):
+    """Raise UserError if the output is one of the images to read."""
     if Path(output).resolve() in [Path(path).resolve() for path in images]:
-        raise UserError(f"--output {output}: is one of the images; choose another name")
+        raise UserError(f"{flag} {output}: is one of the images; choose another name")
 
 
-def write_output(output, write):
-    """Call write(file) to write --output whole or not at all. Raises UserError if that fails."""
+def write_output(output, write, flag="--output"):
+    """Call write(file) to write the output whole or not at all. Raises UserError, naming its flag, if that fails."""
     try:
         write_whole(output, write)
     except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or error}") from None
+        raise UserError(f"{flag} {output}: {error.strerror or error}") from None
