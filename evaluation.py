@@ -175,18 +175,27 @@ def probe(trunk, loaders, device, autocast, give_up=lambda: False, imagenet=True
 
 @torch.no_grad()
 def draw_reconstructions(model, imgs, noise=None, mask_ratio=None):
-    """A picture: original | masked | reconstruction of imgs (N, C, H, W) uint8, masked by noise (N, L) or drawn."""
+    """A picture: original | masked | reconstruction of imgs (N, C, H, W) uint8, masked by noise (N, L) or drawn.
+
+    With norm_pix_loss the reconstruction is drawn twice: with each patch's true mean and deviation given back, which
+    looks better than the network knows, and with those of the visible patches, which is what it knows.
+    """
     was_training = model.training
     model.eval()
     inputs = normalize(imgs)
     _, pred, mask = model(inputs, mask_ratio=mask_ratio, noise=noise)
     model.train(was_training)
-    reconstruction = denormalize(model.reconstruct(inputs, pred.float(), mask))
+    titles = {"reconstruction": True}
+    if model.norm_pix_loss:
+        titles = {"with each patch's\ntrue mean and std": True, "with mean and std\nof visible patches": False}
     p = model.patch_size
     is_masked = mask.view(-1, 1, imgs.shape[2] // p, imgs.shape[3] // p).bool()
     is_masked = is_masked.repeat_interleave(p, dim=2).repeat_interleave(p, dim=3)  # (N, 1, H, W)
     masked = imgs.masked_fill(is_masked, 127)
-    return draw_table({"original": imgs, "masked": masked, "reconstruction": reconstruction})
+    columns = {"original": imgs, "masked": masked}
+    for title, given in titles.items():
+        columns[title] = denormalize(model.reconstruct(inputs, pred.float(), mask, true_statistics=given))
+    return draw_table(columns)
 
 
 def enlarge(pixels, width, height):
@@ -194,8 +203,9 @@ def enlarge(pixels, width, height):
     return Image.fromarray(pixels.cpu().numpy()).resize((width, height), Image.Resampling.NEAREST)
 
 
-def draw_table(columns, border=4, min_width=112, header=16):
+def draw_table(columns, border=4, min_width=112):
     """A Pillow image of {title: images (N, C, H, W) uint8}, a column each; the second half of N beside the first."""
+    header = 2 + 14 * max(title.count("\n") + 1 for title in columns)
     n, channels, height, width = next(iter(columns.values())).shape
     rows, factor = -(-n // 2), -(-min_width // width)
     width, height = width * factor, height * factor

@@ -200,15 +200,20 @@ class FCMAE(nn.Module):
         return self.forward_loss(imgs, pred, mask, masked), pred, mask
 
     @torch.no_grad()
-    def reconstruct(self, imgs, pred, mask):
+    def reconstruct(self, imgs, pred, mask, true_statistics=True):
         """Images with the masked patches as predicted (N, P, h, w), in pixel values, and the visible ones as they are.
 
-        With norm_pix_loss each prediction gets its patch's true mean and deviation back: the network never sees them.
+        With norm_pix_loss a prediction lacks its patch's mean and deviation. true_statistics: give it the true ones,
+        which the network never sees; False: the averages over the image's visible patches.
         """
         pred = pred.flatten(2).transpose(1, 2).to(imgs.dtype)
         patches = self.patchify(imgs)
         if self.norm_pix_loss:
-            _, mean, std = self.patch_targets(patches)
+            _, *statistics = self.patch_targets(patches)
+            if not true_statistics:
+                visible = (1 - mask)[:, :, None] / (1 - mask).sum(1)[:, None, None]
+                statistics = [(x * visible).sum(1, keepdim=True) for x in statistics]
+            mean, std = statistics
             pred = pred * std + mean
         patches = torch.where(mask[:, :, None].bool(), pred, patches)
         return self.unpatchify(patches, tuple(size // self.patch_size for size in imgs.shape[2:]))

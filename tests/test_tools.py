@@ -99,8 +99,8 @@ def test_reconstruct_draws_from_a_checkpoint_of_the_original(tool, original, tmp
     result = tool("reconstruct", "--checkpoint", original, "--images", *images, "--output", picture)
     assert result.status == 0 and "3 images, mask ratio 0.5" in result.out
     drawn = np.asarray(Image.open(picture)).astype(int)
-    assert drawn.shape == (16 + 2 * 132, 2 * (3 * 132 + 8), 3)  # 128 pixels, 2 rows of 2
-    first, masked, reconstruction = (drawn[16:144, 4 + 132 * j :][:, :128] for j in range(3))
+    assert drawn.shape == (30 + 2 * 132, 2 * (4 * 132 + 8), 3)  # 128 pixels, 2 rows of 2
+    first, masked, reconstruction = (drawn[30:158, 4 + 132 * j :][:, :128] for j in range(3))
     gray = (masked == 127).all(-1)
     assert gray.mean() == pytest.approx(0.5, abs=0.02)
     assert np.array_equal(first[~gray], reconstruction[~gray]) and not np.array_equal(first[gray], reconstruction[gray])
