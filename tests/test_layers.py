@@ -18,7 +18,7 @@ ORDER = """
     hooks
     main_pretrain main_finetune submitit_pretrain submitit_finetune
 """.split()
-FILES = [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("tools/*.py")]
+FILES = [path for folder in (".", "models", "tools", "examples") for path in ROOT.glob(f"{folder}/*.py")]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES if path.stem != "__init__"}
 
 
@@ -35,7 +35,7 @@ def find_imports(name):
 
 
 def test_every_module_has_its_place():
-    assert sorted(ORDER) == sorted(name for name in MODULES if not name.startswith("tools."))
+    assert sorted(ORDER) == sorted(name for name in MODULES if not name.startswith(("tools.", "examples.")))
 
 
 @pytest.mark.parametrize("name", ORDER)
