@@ -46,13 +46,14 @@ def build_model(args, num_classes):
     """torchvision's detector with anchors from 16 pixels on, and narrow heads: for COCO widen them to 256 and 1024."""
     from torchvision.models.detection import FasterRCNN, MaskRCNN
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-    from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
     from torchvision.models.detection.rpn import AnchorGenerator
 
     backbone, width = Backbone(build_encoder(args)), 256
     build, masks = FasterRCNN, {}
     if args.masks:
-        build, masks = MaskRCNN, {"mask_predictor": MaskRCNNPredictor(256, 64, num_classes)}
+        head, predictor = MaskRCNNHeads(backbone.out_channels, (64, 64), 1), MaskRCNNPredictor(64, 64, num_classes)
+        build, masks = MaskRCNN, dict(mask_head=head, mask_predictor=predictor)
     model = build(
         backbone, min_size=args.input_size, max_size=2 * args.input_size,
         image_mean=IMAGENET["mean"], image_std=IMAGENET["std"],
@@ -136,7 +137,7 @@ def detect(model, data, device):
 
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
-    add_training_args(parser, epochs=12, lr=5e-4)
+    add_training_args(parser, epochs=20, lr=1e-3)
     add = parser.add_argument
     add(
         "--input_size",

@@ -4,7 +4,7 @@
 
     FOLDER/unlabelled/0000.png ...      for FCMAE
     FOLDER/train/images/0000.png ...    FOLDER/val/images/...
-    FOLDER/train/masks/0000.png ...     class of each pixel: 0 background, 1 + digit
+    FOLDER/train/masks/0000.png ...     class of each pixel: 0 background, 1 + digit, or 1 with --one_class
     FOLDER/train/annotations.json       COCO: boxes and masks (run lengths), category 1 + digit
 
 Training scenes use the left two thirds of the photographs and the digits of `images.Digits`' training part; validation
@@ -22,7 +22,7 @@ from images import Digits
 
 SIDE = 128  # pixels of a scene
 DIGIT_SIDES = (24, 48)  # range of a digit's side
-CLASSES = ["background", *map(str, range(10))]
+CLASSES = list(map(str, range(10)))
 
 
 def load_photographs(train):
@@ -83,14 +83,16 @@ def annotate(objects, image_id, first_id):
     return annotations
 
 
-def write_split(folder, count, train, seed):
-    """Images, masks and annotations of one split."""
+def write_split(folder, count, train, seed, one_class=False):
+    """Images, masks and annotations of one split. one_class: all digits are category 1."""
     photographs, digits = load_photographs(train), Digits(train, in_chans=1)
-    coco = dict(images=[], annotations=[], categories=[dict(id=i, name=CLASSES[i]) for i in range(1, 11)])
+    names = ["digit"] if one_class else CLASSES
+    coco = dict(images=[], annotations=[], categories=[dict(id=1 + i, name=name) for i, name in enumerate(names)])
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number in range(count):
         pixels, objects = draw_scene(np.random.default_rng((seed, number, train)), photographs, digits)
+        objects = [(1 if one_class else category, mask) for category, mask in objects]
         classes = np.zeros((SIDE, SIDE), np.uint8)
         for category, mask in objects:
             classes[mask] = category
@@ -118,6 +120,7 @@ def get_args_parser():
     add("--unlabelled", default=2000, type=flags.at_least(0), help="scenes without labels")
     add("--train", default=100, type=flags.at_least(1), help="labelled scenes for training")
     add("--val", default=100, type=flags.at_least(1), help="labelled scenes for validation")
+    add("--one_class", default=False, action=flags.Switch, help="all digits are one class: an easier task")
     add("--seed", default=0, type=flags.at_least(0), help="seed of all scenes")
     return parser
 
@@ -125,8 +128,8 @@ def get_args_parser():
 def main(args):
     folder = Path(args.folder)
     write_unlabelled(folder / "unlabelled", args.unlabelled, args.seed)
-    write_split(folder / "train", args.train, True, args.seed)
-    write_split(folder / "val", args.val, False, args.seed)
+    write_split(folder / "train", args.train, True, args.seed, args.one_class)
+    write_split(folder / "val", args.val, False, args.seed, args.one_class)
     print(f"{args.unlabelled} unlabelled scenes, {args.train} to train and {args.val} to validate: {folder}")
 
 
