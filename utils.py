@@ -68,6 +68,7 @@ def run_main(main, args, name):
         log("stopped by Ctrl-C; the same command resumes from the last checkpoint")
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
+        shutdown_workers()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         sys.exit(128 + signal.SIGPIPE)
     except (UserError, TrainingError) as error:
