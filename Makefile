@@ -14,7 +14,8 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-to-test: $(VENV)/ready
 	$(BIN)/pip install --quiet pytest pytest-xdist ruff safetensors matplotlib \
-	    peft torch-pruning fvcore thop torchao pyarrow webdataset datasets
+	    peft torch-pruning fvcore thop torchao pyarrow webdataset datasets "setuptools>=77" transformers \
+	    segmentation_models_pytorch onnx onnxruntime onnxscript pycocotools
 	touch $@
 
 PRETRAIN = $(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)
@@ -39,8 +40,8 @@ test: $(VENV)/ready-to-test
 	    -o tmp_path_retention_policy=failed $(T)
 
 lint: $(VENV)/ready-to-test
-	$(BIN)/ruff check --line-length 120 --select E,F,I,UP,B,W .
-	$(BIN)/ruff format --line-length 120 --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # MinkowskiEngine 0.5.4 for `--sparse_backend minkowski` and its tests: Python 3.11 at most, and libopenblas-dev.
 minkowski: $(VENV)/ready

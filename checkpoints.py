@@ -40,6 +40,7 @@ import torch
 
 import utils
 from flags import Switch, at_least
+from models import files
 from models.weights import check_same_blocks, find_weights, load_weights, remap_checkpoint_keys, split_decoder
 from utils import TrainingError, UserError, log
 
@@ -268,6 +269,9 @@ def load_checkpoint(path):
     Raises UserError; DamagedCheckpoint for a file whose content is not what was written; TrainingError for an error of
     the disk or network, after which the file may be whole.
     """
+    if not files.is_torch_file(path):
+        with utils.name_in_errors(path):
+            return files.read_other_file(path)
     try:
         open(path, "rb").close()
     except OSError as error:
@@ -323,8 +327,12 @@ def is_number(value):
     return type(value) in (int, float)
 
 
+def is_list(value):
+    return isinstance(value, list | tuple)
+
+
 def is_strings(value):
-    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return is_list(value) and all(isinstance(name, str) for name in value)
 
 
 def is_table(*kinds):
@@ -333,7 +341,7 @@ def is_table(*kinds):
     def accepts(value):
         return isinstance(value, dict) and all(
             isinstance(name, str)
-            and isinstance(row, list | tuple)
+            and is_list(row)
             and len(row) == len(kinds)
             and all(kind(item) for kind, item in zip(kinds, row, strict=True))
             for name, row in value.items()
@@ -342,19 +350,29 @@ def is_table(*kinds):
     return accepts
 
 
+def is_side(value):
+    return is_count(value) and 0 < value < 2**16
+
+
+def is_switch(value):
+    return type(value) is bool
+
+
+# What evaluation and tools read of a training's flags
+FLAGS_READ = {
+    "input_size": lambda value: is_side(value) or is_list(value) and len(value) in (1, 2) and all(map(is_side, value)),
+    "crop_pct": lambda value: value is None or is_number(value) and 0 < value <= 1,
+    "pixel_range": lambda value: value is None or is_list(value) and len(value) == 2 and all(map(is_number, value)),
+    "mask_ratio": lambda value: is_number(value) and 0 < value < 1,
+    "norm_pix_loss": is_switch,
+    "imagenet_default_mean_and_std": is_switch,
+}
+
+
 def is_flags(value):
-    """Whether these can be the flags of a training: those that evaluation and tools read have their types."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return False
-    size, crop = value.get("input_size", 1), value.get("crop_pct")
-    sides = size if isinstance(size, list | tuple) else (size,)
-    return (
-        len(sides) in (1, 2)
-        and all(is_count(side) and 0 < side < 2**16 for side in sides)
-        and (crop is None or is_number(crop) and 0 < crop <= 1)
-        and all(type(value.get(name, True)) is bool for name in ("norm_pix_loss", "imagenet_default_mean_and_std"))
-        and (is_number(value.get("mask_ratio", 0.6)) and 0 < value.get("mask_ratio", 0.6) < 1)
-    )
+    return all(accepts(value[name]) for name, accepts in FLAGS_READ.items() if name in value)
 
 
 def is_config(value):
@@ -428,9 +446,14 @@ def find_checkpoint(args):
 
 
 def training_flags(checkpoint):
-    """The flags of the run that wrote a checkpoint, as far as it has them; input_size as (height, width)."""
+    """The flags of the run that wrote a checkpoint, as far as it has them; input_size as (height, width).
+
+    None, {}, of another program whose flags have other meanings.
+    """
     flags = checkpoint.get("args") or {}
-    flags = dict(flags if isinstance(flags, dict) else vars(flags))
+    flags = dict(flags if isinstance(flags, dict) else vars(flags) if isinstance(flags, argparse.Namespace) else {})
+    if not is_flags(flags):
+        return {}
     if "input_size" in flags:
         size = flags["input_size"]
         flags["input_size"] = (size, size) if isinstance(size, int) else (size[0], size[-1])

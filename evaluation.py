@@ -17,6 +17,18 @@ METRICS = ("probe_knn", "probe_linear")  # what `probe` measures
 
 
 @torch.no_grad()
+def compute_rows(function, batch, device, autocast):
+    """function(uint8 imgs, targets) -> (n, D) of a batch of images, on the CPU."""
+    with autocast():
+        return function(batch.imgs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)).cpu()
+
+
+def pool_features(maps):
+    """The features of images: the mean over all sites of their maps (N, C, h, w) -> (N, C), float32."""
+    return maps.float().mean((2, 3))
+
+
+@torch.no_grad()
 def collect(function, loader, device, autocast, divided=True, give_up=lambda: False, gather=utils.all_gather):
     """function(uint8 imgs, targets) -> (n, D) of all images: rows (n, D), targets (n,), names of unreadable images.
 
@@ -31,9 +43,7 @@ def collect(function, loader, device, autocast, divided=True, give_up=lambda: Fa
             break
         unreadable += batch.unreadable
         if len(batch.imgs):
-            with autocast():
-                row = function(batch.imgs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True))
-            rows.append(row.cpu())
+            rows.append(compute_rows(function, batch, device, autocast))
             indices.append(batch.indices)
             targets.append(batch.targets)
     outcomes = utils.all_gather((given_up, bool(rows))) if divided else [(given_up, bool(rows))]
@@ -154,7 +164,7 @@ def probe(trunk, loaders, device, autocast, give_up=lambda: False, max_seconds=m
     """
 
     def mean_features(imgs, _):
-        return trunk(normalize(imgs, imagenet)).float().mean((2, 3))
+        return pool_features(trunk(normalize(imgs, imagenet)))
 
     tensors, unreadable = [], []  # tensors: features and targets to fit on, features and targets to test on
     for loader in loaders:
@@ -183,18 +193,27 @@ def probe(trunk, loaders, device, autocast, give_up=lambda: False, max_seconds=m
 
 @torch.no_grad()
 def draw_reconstructions(model, imgs, noise=None, mask_ratio=None):
-    """A picture: original | masked | reconstruction of imgs (N, C, H, W) uint8, masked by noise (N, L) or drawn."""
+    """A picture: original | masked | reconstruction of imgs (N, C, H, W) uint8, masked by noise (N, L) or drawn.
+
+    With norm_pix_loss the reconstruction is drawn twice: with each patch's true mean and deviation given back, which
+    looks better than the network knows, and with those of the visible patches, which is what it knows.
+    """
     was_training = model.training
     model.eval()
     inputs = normalize(imgs)
     _, pred, mask = model(inputs, mask_ratio=mask_ratio, noise=noise)
     model.train(was_training)
-    reconstruction = denormalize(model.reconstruct(inputs, pred.float(), mask))
+    titles = {"reconstruction": True}
+    if model.norm_pix_loss:
+        titles = {"with each patch's\ntrue mean and std": True, "with mean and std\nof visible patches": False}
     p = model.patch_size
     is_masked = mask.view(-1, 1, imgs.shape[2] // p, imgs.shape[3] // p).bool()
     is_masked = is_masked.repeat_interleave(p, dim=2).repeat_interleave(p, dim=3)  # (N, 1, H, W)
     masked = imgs.masked_fill(is_masked, 127)
-    return draw_table({"original": imgs, "masked": masked, "reconstruction": reconstruction})
+    columns = {"original": imgs, "masked": masked}
+    for title, given in titles.items():
+        columns[title] = denormalize(model.reconstruct(inputs, pred.float(), mask, true_statistics=given))
+    return draw_table(columns)
 
 
 def enlarge(pixels, width, height):
@@ -202,8 +221,9 @@ def enlarge(pixels, width, height):
     return Image.fromarray(pixels.cpu().numpy()).resize((width, height), Image.Resampling.NEAREST)
 
 
-def draw_table(columns, border=4, min_width=112, header=16):
+def draw_table(columns, border=4, min_width=112):
     """A Pillow image of {title: images (N, C, H, W) uint8}, a column each; the second half of N beside the first."""
+    header = 2 + 14 * max(title.count("\n") + 1 for title in columns)
     n, channels, height, width = next(iter(columns.values())).shape
     rows, factor = -(-n // 2), -(-min_width // width)
     width, height = width * factor, height * factor

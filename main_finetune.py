@@ -38,7 +38,8 @@ def get_args_parser():
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--drop_path", default=0.0, type=fraction_below_1, help="drop path rate of the last block, from 0 at the first")
     add("--head_init_scale", default=0.001, type=at_least(0.0), help="factor on the initial weights of a new head")
-    add("--finetune", default="", metavar="FILE", help="checkpoint to start from; empty: from scratch")
+    start = "checkpoint to start from, or timm:NAME for weights that timm downloads; empty: from scratch"
+    add("--finetune", default="", metavar="FILE", help=start)
     add("--model_key", default="model|module", help="checkpoint keys to try, separated by |")
     add("--model_prefix", default="", help="prefix of the weights' names in the checkpoint, removed")
     add("--model_ema", default=False, action=Switch, help="keep an EMA of the weights")

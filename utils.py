@@ -70,6 +70,10 @@ def run_main(main, args, name):
         shutdown_workers()
         log("stopped by Ctrl-C at once; nothing more was saved")
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        shutdown_workers()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, TrainingError) as error:
         shutdown_workers()
         sys.stdout.flush()

@@ -144,12 +144,20 @@ class ConvNeXtV2(Network):
             self.head.weight.mul_(head_init_scale)
             self.head.bias.mul_(head_init_scale)
 
-    def forward_trunk(self, x):
-        """(N, in_chans, H, W) -> features of the sites (N, C, h, w), h = H / total stride."""
-        x = channels_last(x)
+    def feature_maps(self, x):
+        """(N, in_chans, H, W) -> the outputs of the four stages, for dense prediction: a list of (N, C, h, w).
+
+        C is `dims`, and h = H / stride rounded down, where the strides are 1, 2, 4 and 8 times `stem_stride`.
+        """
+        maps, x = [], channels_last(x)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
-        return x
+            maps.append(x)
+        return maps
+
+    def forward_trunk(self, x):
+        """(N, in_chans, H, W) -> features of the sites (N, C, h, w), h = H / total stride."""
+        return self.feature_maps(x)[-1]
 
     def forward_features(self, x):
         """(N, in_chans, H, W) -> pooled, normalized features (N, C)."""
@@ -177,11 +185,11 @@ def from_checkpoint(checkpoint, model_key="model|module"):
     """
     state, _ = split_decoder(find_weights(checkpoint, model_key))
     try:
-        config = network_options(checkpoint.get("config", {})) | network_config(state)
-    except ValueError as error:
+        config = network_options(checkpoint.get("config") or {}) | network_config(state)
+        model = ConvNeXtV2(num_classes=len(state.get("head.weight", [0])), **config)
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # of a crafted file, anything
         raise ValueError(f"{error}: must be the weights of a ConvNeXt V2") from None
-    model = ConvNeXtV2(num_classes=len(state.get("head.weight", [0])), **config)
-    check_same_blocks(checkpoint.get("config", {}), model)  # an option that this code does not know
+    check_same_blocks(checkpoint.get("config") or {}, model)  # an option that this code does not know
     return model, load_backbone(model, state)
 
 

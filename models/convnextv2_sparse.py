@@ -20,6 +20,7 @@ Shapes: as in `models.sites`. Parameters have the names and shapes of the dense 
 conversion.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -65,7 +66,7 @@ class SparseDownsample(nn.Sequential):
         x = norm_rows(norm, x)
         if not (is_patch_conv(conv, x) and conv.stride == (2, 2)):
             return pack(conv(unpack(x, sites)), next_sites)
-        x = x.reshape(len(x), x.shape[1] // 4, 4 * x.shape[2])  # four rows in Z-order: the 2 x 2 sites row by row
+        x = x.reshape(x.shape[0], x.shape[1] // 4, 4 * x.shape[2])  # four rows in Z-order: the 2 x 2 sites row by row
         return F.linear(x, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
@@ -126,7 +127,11 @@ def is_patch_conv(conv, x):
 
 def split_patches(mask, num_visible):
     """Mask (N, L) -> numbers of the visible (N, V) and of the masked (N, R) patches, each in order."""
-    order = mask.argsort(dim=1, stable=True)  # the zeros come first
+    if torch.compiler.is_exporting():  # ONNX has no stable sort: distinct numbers, of which the zeros' are lower
+        places = torch.arange(mask.shape[1], device=mask.device)
+        order = (mask * mask.shape[1] + places).topk(mask.shape[1], largest=False).indices
+    else:
+        order = mask.argsort(dim=1, stable=True)  # the zeros come first
     return order[:, :num_visible], order[:, num_visible:].contiguous()
 
 

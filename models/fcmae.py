@@ -120,7 +120,7 @@ class FCMAE(nn.Module):
     def mask_by_noise(self, x, num_visible, noise=None):
         """`gen_random_mask` by the number of visible patches."""
         if noise is None:
-            noise = torch.rand(len(x), self.num_patches(x), device=x.device)
+            noise = torch.rand(x.shape[0], self.num_patches(x), device=x.device)
         return torch.ones_like(noise).scatter(1, noise.argsort(dim=1)[:, :num_visible], 0.0)
 
     # ---- Encoder and decoder
@@ -134,7 +134,7 @@ class FCMAE(nn.Module):
 
     def encode_all(self, imgs):
         """Images (N, in_chans, H, W) -> latent (N, C, h, w) with nothing masked."""
-        visible = torch.arange(self.num_patches(imgs), device=imgs.device).expand(len(imgs), -1)
+        visible = torch.arange(self.num_patches(imgs), device=imgs.device).expand(imgs.shape[0], -1)
         return self.encoder(imgs, imgs.new_zeros(visible.shape), visible=visible)
 
     def decode(self, latent, mask):
@@ -143,7 +143,7 @@ class FCMAE(nn.Module):
             x = F.linear(latent.permute(0, 2, 3, 1), self.proj.weight.flatten(1), self.proj.bias).permute(0, 3, 1, 2)
         else:
             x = self.proj(latent)
-        masked = mask.view(len(x), 1, *x.shape[2:]).to(x.dtype)
+        masked = mask.view(x.shape[0], 1, *x.shape[2:]).to(x.dtype)
         x = x * (1 - masked) + self.mask_token * masked
         return self.decoder(x.contiguous(memory_format=torch.channels_last))
 
@@ -203,15 +203,20 @@ class FCMAE(nn.Module):
         return self.forward_loss(imgs, pred, mask, masked), pred, mask
 
     @torch.no_grad()
-    def reconstruct(self, imgs, pred, mask):
+    def reconstruct(self, imgs, pred, mask, true_statistics=True):
         """Images with the masked patches as predicted (N, P, h, w), in pixel values, and the visible ones as they are.
 
-        With norm_pix_loss each prediction gets its patch's true mean and deviation back: the network never sees them.
+        With norm_pix_loss a prediction lacks its patch's mean and deviation. true_statistics: give it the true ones,
+        which the network never sees; False: the averages over the image's visible patches.
         """
         pred = pred.flatten(2).transpose(1, 2).to(imgs.dtype)
         patches = self.patchify(imgs)
         if self.norm_pix_loss:
-            _, mean, std = self.patch_targets(patches)
+            _, *statistics = self.patch_targets(patches)
+            if not true_statistics:
+                visible = (1 - mask)[:, :, None] / (1 - mask).sum(1)[:, None, None]
+                statistics = [(x * visible).sum(1, keepdim=True) for x in statistics]
+            mean, std = statistics
             pred = pred * std + mean
         patches = torch.where(mask[:, :, None].bool(), pred, patches)
         return self.unpatchify(patches, tuple(size // self.patch_size for size in imgs.shape[2:]))

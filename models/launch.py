@@ -17,11 +17,12 @@ _recorded = None  # launches, while `record_launches`
 
 
 def define_operator(name, plain, run, fake):
-    """The operator convnextv2::name. plain(*inputs): its reference in plain PyTorch, for any device, annotated.
+    """The operator PACKAGE::name, so that a clone and an installed copy can both be imported.
 
+    plain(*inputs): its reference in plain PyTorch, for any device, annotated.
     run(*inputs): the same by Triton kernels, where they run. fake(*inputs): empty results, for tracing.
     """
-    operator = torch.library.custom_op(f"convnextv2::{name}", plain, mutates_args=())
+    operator = torch.library.custom_op(f"{__package__.replace('.', '_')}::{name}", plain, mutates_args=())
     operator.register_kernel(TRITON_DEVICES)(run)
 
     @operator.register_fake

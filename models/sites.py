@@ -32,24 +32,22 @@ def z_order(k, device=None):
 
 def patch_slots(visible, grid):
     """Numbers (N, V) of visible patches -> (N, h, w) index of each patch of the grid in V, -1 if masked; int32."""
-    slots = torch.full((len(visible), grid[0] * grid[1]), -1, dtype=torch.int32, device=visible.device)
+    slots = torch.full((visible.shape[0], grid[0] * grid[1]), -1, dtype=torch.int32, device=visible.device)
     order = torch.arange(visible.shape[1], dtype=torch.int32, device=visible.device)
     return slots.scatter(1, visible, order.expand_as(visible)).view(-1, *grid)
 
 
 def active_sites(visible, grid, k):
     """The sites of visible patches: (N, V) patch numbers on a grid of (h, w), k x k sites a patch -> `Sites`."""
-    n, height, width = len(visible), grid[0] * k, grid[1] * k
+    n, height, width = visible.shape[0], grid[0] * k, grid[1] * k
     y, x = z_order(k, visible.device)
     y = (visible // grid[1])[:, :, None] * k + y  # (N, V, k * k)
     x = (visible % grid[1])[:, :, None] * k + x
     image = torch.arange(n, device=visible.device)[:, None, None]
     rows = ((image * height + y) * width + x).flatten()
-    canvas, sources = (n, height, width), None
+    canvas, sources, count = (n, height, width), None, rows.shape[0]
     if visible.device.type == "cpu":
-        sources = (
-            torch.full((n * height * width,), len(rows)).index_copy_(0, rows, torch.arange(len(rows))).view(canvas)
-        )
+        sources = torch.full((n * height * width,), count).index_copy_(0, rows, torch.arange(count)).view(canvas)
     return Sites(rows, canvas, sources, visible.int(), patch_slots(visible, grid))
 
 

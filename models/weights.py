@@ -5,14 +5,15 @@ The forms that are read, recognized by the names of the tensors:
     dense       this project, the original's fine-tuned files; released FCMAE files hold no norm and no head
     encoder.    the same names under a prefix, beside a decoder: FCMAE pre-training
     kernel      the original's Minkowski training, see `remap_checkpoint_keys`
-    timm        stem.0, stages.1.blocks.0.conv_dw, head.fc, ...
+    timm        stem.0, stages.1.blocks.0.conv_dw, head.fc, ...; with _ for the first dot: its `features_only`
+    hf          transformers: embeddings.patch_embeddings, encoder.stages.0.layers.0.dwconv, classifier, ...
 """
 
 import re
 
 import torch
 
-# This project's names and timm's; # stands for a number. The first that fits counts, in either direction.
+# This project's names and another's; # stands for a number. The first that fits counts, in either direction.
 TIMM_NAMES = (
     ("downsample_layers.0.#.", "stem.#."),
     ("downsample_layers.#.#.", "stages.#.downsample.#."),
@@ -25,7 +26,20 @@ TIMM_NAMES = (
     ("norm.", "head.norm."),
     ("head.", "head.fc."),
 )
-# Options that timm has too, or that concern pre-training alone; others are options of Block
+HF_NAMES = (
+    ("downsample_layers.0.0.", "embeddings.patch_embeddings."),
+    ("downsample_layers.0.1.", "embeddings.layernorm."),
+    ("downsample_layers.#.#.", "encoder.stages.#.downsampling_layer.#."),
+    ("stages.#.#.dwconv.", "encoder.stages.#.layers.#.dwconv."),
+    ("stages.#.#.norm.", "encoder.stages.#.layers.#.layernorm."),
+    ("stages.#.#.pwconv1.", "encoder.stages.#.layers.#.pwconv1."),
+    ("stages.#.#.pwconv2.", "encoder.stages.#.layers.#.pwconv2."),
+    ("stages.#.#.grn.gamma", "encoder.stages.#.layers.#.grn.weight"),
+    ("stages.#.#.grn.beta", "encoder.stages.#.layers.#.grn.bias"),
+    ("norm.", "layernorm."),
+    ("head.", "classifier."),
+)
+# Options that other programs have too, or that concern pre-training alone; others are options of Block
 STANDARD_OPTIONS = set(
     "in_chans num_classes depths dims drop_path_rate head_init_scale stem_stride img_size patch_size mask_ratio "
     "norm_pix_loss decoder_depth decoder_embed_dim sparse_backend".split()
@@ -49,14 +63,10 @@ def to_timm(state, config=None):
 
     config: the model's, whose options are then checked too. Raises ValueError for a network that timm cannot express.
     """
-    check_timm_has(state, config or {})
+    check_standard(state, config or {}, "timm's ConvNeXt V2", strides=(4,))
     convolutions = count_blocks(state, "stages.0.") == 2
-    state = dict(state)
-    if "norm.weight" not in state:
-        width = len(state["downsample_layers.3.1.weight"])
-        state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     converted = {}
-    for name, value in state.items():
+    for name, value in with_norm(state).items():
         if ".grn." in name:
             value = value.flatten()
         elif convolutions and ".pwconv" in name and name.endswith(".weight"):
@@ -65,23 +75,53 @@ def to_timm(state, config=None):
     return converted
 
 
-def check_timm_has(state, config):
-    """Raise ValueError, naming what timm's ConvNeXt V2 has no place for, if it cannot hold these weights."""
+def to_timm_features(state, config=None, prefix=""):
+    """As `to_timm`, for timm's models with `features_only`: the four stages alone, names with _ for the first dot.
+
+    prefix: "model." for the encoders `tu-...` of segmentation_models_pytorch.
+    """
+    converted = to_timm(state, config).items()
+    return {prefix + name.replace(".", "_", 1): value for name, value in converted if not name.startswith("head.")}
+
+
+def to_hf(state, config=None):
+    """A state dict of the dense model with the names of transformers' ConvNextV2ForImageClassification.
+
+    Without a head those of ConvNextV2Model, whose last norm is written with its initial values where there is none.
+    Raises ValueError as `to_timm` does; stems of stride 1 and 2 are known there.
+    """
+    check_standard(state, config or {}, "transformers' ConvNextV2", strides=(1, 2, 4))
+    converted = {rename(name, HF_NAMES): value for name, value in with_norm(state).items()}
+    if "head.weight" not in state:
+        return converted
+    return {name if name.startswith("classifier.") else f"convnextv2.{name}": v for name, v in converted.items()}
+
+
+def with_norm(state):
+    """The state dict with the norm before the head, at its initial values if it has none."""
+    if "norm.weight" in state:
+        return state
+    width = len(state["downsample_layers.3.1.weight"])
+    return state | {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+
+
+def check_standard(state, config, program, strides):
+    """Raise ValueError, naming what another program's network has no place for, if it cannot hold these weights."""
     network = network_config(state)
-    if network["stem_stride"] != 4:
-        raise ValueError(f"stem stride {network['stem_stride']}: timm's ConvNeXt V2 has 4 only")
+    if network["stem_stride"] not in strides:
+        raise ValueError(f"stem stride {network['stem_stride']}: {program} has {', '.join(map(str, strides))} only")
     if options := block_options(config):
-        raise ValueError(f"options {options}: timm's ConvNeXt V2 has none")
-    stages = [f"downsample_layers.{stage}.{i}" for stage in range(4) for i in range(2)]
-    blocks = [f"stages.{stage}.{i}" for stage, depth in enumerate(network["depths"]) for i in range(depth)]
-    layers = stages + [f"{block}.{layer}" for block in blocks for layer in ("dwconv", "norm", "pwconv1", "pwconv2")]
-    expected = {f"{layer}.{name}" for layer in layers for name in ("weight", "bias")}
-    expected |= {f"{block}.grn.{name}" for block in blocks for name in ("gamma", "beta")}
+        raise ValueError(f"options {options}: {program} has none")
+    layers = [f"downsample_layers.{stage}.{i}" for stage in range(4) for i in range(2)]
+    for block in (f"stages.{stage}.{i}" for stage, depth in enumerate(network["depths"]) for i in range(depth)):
+        layers += [f"{block}.{layer}" for layer in ("dwconv", "norm", "pwconv1", "grn", "pwconv2")]
+    parts = {False: ("weight", "bias"), True: ("gamma", "beta")}
+    expected = {f"{layer}.{part}" for layer in layers for part in parts[layer.endswith(".grn")]}
     given = {name for name in state if not name.startswith(("norm.", "head."))}
     differences = [f"{name} is missing" for name in sorted(expected - given)]
     differences += [f"{name} has no place there" for name in sorted(given - expected)]
     if differences:
-        raise ValueError(f"not the parameters of timm's ConvNeXt V2: {'; '.join(differences[:4])}")
+        raise ValueError(f"not the parameters of {program}: {'; '.join(differences[:4])}")
 
 
 def block_options(config):
@@ -106,10 +146,13 @@ def remap_checkpoint_keys(state):
     space running fastest, becomes `weight` (out, in, kh, kw) or (C, 1, kh, kw); biases (1, C) become (C,); `.ln.` and
     `.linear.` go; GRN (1, 4C) becomes (1, 1, 1, 4C), as does timm's (4C,). timm's 1x1 convolutions become linear.
     """
-    from_timm = [(timm_name, name) for name, timm_name in TIMM_NAMES]
-    remapped = {}
+    state = {name.removeprefix("convnextv2."): value for name, value in state.items()}
+    if "stem_0.weight" in state:  # timm's features_only
+        state = {name.replace("_", ".", 1): value for name, value in state.items()}
+    names = HF_NAMES if "embeddings.patch_embeddings.weight" in state else TIMM_NAMES
+    names, remapped = [pair[::-1] for pair in names], {}
     for name, value in state.items():
-        name = rename(name.replace(".ln.", ".").replace(".linear.", "."), from_timm)
+        name = rename(name.replace(".ln.", ".").replace(".linear.", "."), names)
         if name.endswith(".kernel"):
             name = name.removesuffix("kernel") + "weight"
             side = round(len(value) ** 0.5)
@@ -138,8 +181,9 @@ def find_weights(checkpoint, model_key="model|module", model_prefix=""):
             f"holds no weights: must be a dict of tensors by name, or have one under {model_key!r}; "
             f"it has {', '.join(map(str, list(checkpoint)[:8]))}"
         )
-    # Prefixes of DistributedDataParallel and torch.compile, in either order
-    while state and any(all(name.startswith(wrapper) for name in state) for wrapper in ("module.", "_orig_mod.")):
+    # Prefixes of DistributedDataParallel and torch.compile, in either order, and of segmentation_models_pytorch
+    wrappers = ("module.", "_orig_mod.", "model.")
+    while state and any(all(name.startswith(wrapper) for name in state) for wrapper in wrappers):
         state = {name.split(".", 1)[1]: value for name, value in state.items()}
     state = {name.removeprefix(model_prefix): value for name, value in state.items() if name.startswith(model_prefix)}
     if not state:

@@ -203,6 +203,18 @@ def test_reconstructions_show_visible_patches_as_they_are_and_gray_ones_for_the_
     assert not np.array_equal(reconstruction[:, 40:], original[:, 40:])
 
 
+def test_reconstructions_of_normalized_patches_are_drawn_with_and_without_the_true_statistics():
+    model = FCMAE(16, 1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_embed_dim=8, patch_size=8, norm_pix_loss=True)
+    torch.nn.init.zeros_(model.pred.weight)  # predicts the mean of every patch
+    imgs = torch.arange(0, 240, 60).repeat_interleave(64).view(1, 4, 8, 8).to(torch.uint8)  # patches of one gray each
+    imgs = model.unpatchify(imgs.flatten(2).float()).byte()
+    noise = torch.tensor([[0.1, 0.9, 0.8, 0.2]])  # visible: gray 0 and 180
+    pixels = np.asarray(draw_reconstructions(model, imgs, noise, mask_ratio=0.5))[30:, 4:]
+    columns = [pixels[: 16 * 7, 116 * j :][:, :112, 0] for j in range(4)]
+    corners = [column[[0, 0, -1, -1], [0, -1, 0, -1]].tolist() for column in columns]
+    assert corners == [[0, 60, 120, 180], [0, 127, 127, 180], [0, 60, 120, 180], [0, 90, 90, 180]]
+
+
 def test_confusion_is_darker_for_a_larger_share_of_the_true_class():
     matrix = torch.tensor([[90, 10, 0], [1, 1, 0], [0, 0, 0]])
     pixels = np.asarray(draw_confusion(matrix, ["a", "b", "a very long name of a class"]).convert("L"))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
     models.utils models.sites models.triton_switch models.launch models.mlp models.kernels models.mlp_kernels
     models.depthwise models.weights models.cost models.convnextv2
-    models.convnextv2_sparse models.convnextv2_minkowski models.fcmae utils flags
+    models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags
     shards images optim_factory run checkpoints
     augmentations
     datasets
@@ -20,7 +20,7 @@ ORDER = """
     hooks
     main_pretrain main_finetune submitit_pretrain submitit_finetune
 """.split()
-FILES = [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("tools/*.py")]
+FILES = [path for folder in (".", "models", "tools", "examples") for path in ROOT.glob(f"{folder}/*.py")]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES if path.stem != "__init__"}
 
 
@@ -37,7 +37,7 @@ def find_imports(name):
 
 
 def test_every_module_has_its_place():
-    assert sorted(ORDER) == sorted(name for name in MODULES if not name.startswith("tools."))
+    assert sorted(ORDER) == sorted(name for name in MODULES if not name.startswith(("tools.", "examples.")))
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -90,10 +90,10 @@ def test_tensorboard_keeps_what_was_logged_before_a_resume(small, pretrain, tmp_
 def test_pictures_show_visible_patches_as_they_are(finished):
     picture = np.asarray(Image.open(finished / "reconstruction-0001.png")).astype(int)
     side, border = 128, 4  # 32 pixels enlarged four times
-    half = 3 * (side + border) + 2 * border
-    assert picture.shape == (16 + 4 * (side + border), 2 * half, 3)
+    half = 4 * (side + border) + 2 * border
+    assert picture.shape == (30 + 4 * (side + border), 2 * half, 3)
     for i in range(8):
-        left, top = i // 4 * half + border, 16 + i % 4 * (side + border)
+        left, top = i // 4 * half + border, 30 + i % 4 * (side + border)
         strip = picture[top : top + side, left:]
         original, masked, reconstruction = (strip[:, j * (side + border) :][:, :side] for j in range(3))
         grey = (masked == 127).all(-1)

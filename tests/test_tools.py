@@ -79,7 +79,7 @@ def assert_fails(result, words):
 
 
 def test_help_waits_for_no_heavy_import():
-    names = ["benchmark", "collapse", "convert", "index", "plot", "predict", "probe", "reconstruct"]
+    names = ["benchmark", "collapse", "convert", "index", "neighbours", "plot", "predict", "probe", "reconstruct"]
     heavy = ["timm", "torchvision", "sklearn", "matplotlib", "triton", "torch._dynamo"]
     code = f"""if True:
         import importlib, sys, utils
@@ -101,8 +101,8 @@ def test_reconstruct_draws_from_a_checkpoint_of_the_original(tool, original, tmp
     result = tool("reconstruct", "--checkpoint", original, "--images", *images, "--output", picture)
     assert result.status == 0 and "3 images, mask ratio 0.5" in result.out
     drawn = np.asarray(Image.open(picture)).astype(int)
-    assert drawn.shape == (16 + 2 * 132, 2 * (3 * 132 + 8), 3)  # 128 pixels, 2 rows of 2
-    first, masked, reconstruction = (drawn[16:144, 4 + 132 * j :][:, :128] for j in range(3))
+    assert drawn.shape == (30 + 2 * 132, 2 * (4 * 132 + 8), 3)  # 128 pixels, 2 rows of 2
+    first, masked, reconstruction = (drawn[30:158, 4 + 132 * j :][:, :128] for j in range(3))
     gray = (masked == 127).all(-1)
     assert gray.mean() == pytest.approx(0.5, abs=0.02)
     assert np.array_equal(first[~gray], reconstruction[~gray]) and not np.array_equal(first[gray], reconstruction[gray])
@@ -316,8 +316,8 @@ def test_predict_sees_the_image_as_evaluation_does(tool, finetuned, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("FOLDER/text.png", "IMAGE FOLDER/text.png: cannot be read"),
-        ("FOLDER/none.png", "IMAGE FOLDER/none.png: cannot be read"),
+        ("FOLDER/text.png", "none of the 1 images can be read: UnidentifiedImageError"),
+        ("FOLDER/none.png", "IMAGE FOLDER/none.png: No such file or folder"),
         ("FOLDER/empty", "IMAGE FOLDER/empty: no image there"),
         ("FOLDER/a.png --topk 0", "--topk 0: must be a whole number, at least 1"),
         ("FOLDER/a.png --input_size 16", "--input_size 16: must be one or two numbers from 32 on"),

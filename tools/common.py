@@ -1,6 +1,8 @@
 """Shared by the tools: flags of weights and image size, the dense network, its transform, files to write."""
 
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import flags
 import utils
@@ -31,29 +33,50 @@ def load_network(path, model_key, needs_head=False):
     return model.eval(), checkpoint
 
 
+class Seen(NamedTuple):
+    """How a checkpoint's training saw images."""
+
+    input_size: tuple | None  # (height, width)
+    crop_pct: float | None  # see `datasets.build_eval_transform`
+    imagenet: bool  # see `images.normalize`
+    pixel_range: tuple | None  # see `images.decode`
+
+
+def find_seen(checkpoint):
+    """The `Seen` of a checkpoint."""
+    given = training_flags(checkpoint)
+    imagenet = given.get("imagenet_default_mean_and_std", True)
+    return Seen(given.get("input_size"), given.get("crop_pct"), imagenet, given.get("pixel_range"))
+
+
 def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):
     """(height, width): input_size if given, else that of the checkpoint's training. Raises UserError if it is unfit."""
-    size = input_size or training_flags(checkpoint).get("input_size", (224, 224))
+    trained = find_seen(checkpoint).input_size
+    size = input_size or trained or (224, 224)
     flags.check_image_size("input_size", size, multiple_of=multiple_of, least=total_stride)
+    if trained and trained != tuple(size) and utils.is_main_process():
+        asked, before = (" x ".join(map(str, sides)) for sides in (size, trained))
+        warning = f"WARNING: --input_size makes images of {asked}: the checkpoint was trained at {before}"
+        print(warning, file=sys.stderr)
     return size
 
 
 def build_transform(checkpoint, input_size, in_chans):
     """An opened image -> normalized (C, height, width), as the checkpoint's training evaluates, at the given size."""
-    flags = training_flags(checkpoint)
-    transform = build_eval_transform(input_size, in_chans, flags.get("crop_pct"), flags.get("pixel_range"))
-    return lambda image: normalize(transform(image)[None], flags.get("imagenet_default_mean_and_std", True))[0]
+    seen = find_seen(checkpoint)
+    transform = build_eval_transform(input_size, in_chans, seen.crop_pct, seen.pixel_range)
+    return lambda image: normalize(transform(image)[None], seen.imagenet)[0]
 
 
-def check_output(output, images):
-    """Raise UserError if --output is one of the images to read."""
+def check_output(output, images, flag="--output"):
+    """Raise UserError if the output is one of the images to read."""
     if Path(output).resolve() in [Path(path).resolve() for path in images]:
-        raise UserError(f"--output {output}: is one of the images; choose another name")
+        raise UserError(f"{flag} {output}: is one of the images; choose another name")
 
 
-def write_output(output, write):
-    """Call write(file) to write --output whole or not at all. Raises UserError if that fails."""
+def write_output(output, write, flag="--output"):
+    """Call write(file) to write the output whole or not at all. Raises UserError, naming its flag, if that fails."""
     try:
         write_whole(output, write)
     except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or error}") from None
+        raise UserError(f"{flag} {output}: {error.strerror or error}") from None

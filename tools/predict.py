@@ -1,36 +1,241 @@
-"""Print the most probable classes of images by name.
+"""Classify images, or compute their features, with the network of a checkpoint.
 
-python -m tools.predict --checkpoint OUTPUT/checkpoint-best.pth A.jpg B.png
+    python -m tools.predict --checkpoint OUTPUT/checkpoint-best.pth A.jpg B.png
+    python -m tools.predict --checkpoint OUTPUT/checkpoint-best.pth FOLDER --output predictions.csv --sheet sheet.png
+    python -m tools.predict --checkpoint OUTPUT/checkpoint-799.pth FOLDER --output features.parquet --scale 4
+    torchrun --nproc_per_node=8 -m tools.predict --checkpoint FILE FOLDER --output predictions.csv
+
+    .csv              file, error, class1, probability1, class2, ...: a line an image
+    .parquet          file, error, features (C,): the mean over all sites of a stage's map, as the probes take it
+    .npy              the features as an array (n, C), nan for an unreadable image; NAME.names.csv has file and error
+
+Image size, crop, channels, normalization and names of classes are the checkpoint's. An unreadable image keeps its line,
+with its error. A run that was stopped resumes by the same command, on any number of processes.
 """
+
+import csv
+import hashlib
+import io
+import os
+from pathlib import Path
 
 import torch
 
 import flags
-from images import in_one_line, read_files
-from tools.common import add_input_size_arg, add_model_key_arg, build_transform, choose_input_size, load_network
+import utils
+from evaluation import pool_features
+from images import in_one_line
+from tools.common import check_output, write_output
+from tools.inference import add_inference_args, load_inference
+from tools.journal import Journal
+from tools.sheet import check_picture, read_pixels, save_sheet
+from utils import UserError, log
+
+ENDINGS = (".csv", ".npy", ".parquet")
+CHUNK = 8192  # rows written at a time
 
 
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="of a classifier, in any known form")
     add("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    add("--topk", default=5, type=flags.at_least(1), help="number of classes to print")
-    add_model_key_arg(add)
-    add_input_size_arg(add)
+    add("--output", metavar="FILE", help="predictions (.csv) or features (.npy, .parquet); None: print predictions")
+    add("--topk", default=5, type=flags.at_least(1), help="number of classes for an image")
+    add("--scale", default=4, type=int, choices=(1, 2, 3, 4), help="stage whose features are written, 4 the last")
+    add("--tta", default="none", choices=("none", "flip"), help="flip: average over the image and its mirror image")
+    add("--sheet", metavar="FILE", help="picture of up to 64 of the images with their classes")
+    add_inference_args(parser)
     return parser
 
 
+def check_args(args):
+    """The ending of the output. Raises UserError for flags that do not fit each other, before any long work."""
+    ending = Path(args.output or "stdout.csv").suffix.lower()
+    if ending not in ENDINGS:
+        raise UserError(f"--output {args.output}: must end in one of {', '.join(ENDINGS)}")
+    if ending == ".parquet":
+        import_pyarrow(args.output)
+    for flag, path in (("--output", args.output), ("--sheet", args.sheet)):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{flag} {path}: no such folder {Path(path).parent}")
+        if path and os.path.isdir(path):
+            raise UserError(f"{flag} {path}: Is a directory")
+        if path:
+            check_output(path, args.images, flag)
+    if args.sheet:
+        check_picture("--sheet", args.sheet)
+        if ending != ".csv":
+            raise UserError(f"--sheet {args.sheet}: shows predicted classes: give a .csv as --output")
+    return ending
+
+
+def import_pyarrow(output):
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise UserError(f"--output {output}: needs pyarrow: pip install pyarrow, or write .npy") from None
+    return pyarrow
+
+
+def build_function(args, model, classify):
+    """function(normalized imgs) -> rows: the K probabilities and then the K classes, or features (N, C)."""
+
+    def compute(imgs):
+        return model(imgs).float().softmax(1) if classify else pool_features(model.feature_maps(imgs)[args.scale - 1])
+
+    def function(imgs):
+        outputs = compute(imgs)
+        if args.tta == "flip":
+            outputs = (outputs + compute(imgs.flip(3))) / 2
+        if not classify:
+            return outputs
+        top = outputs.topk(min(args.topk, outputs.shape[1]))
+        return torch.cat([top.values, top.indices.to(top.values.dtype)], 1)
+
+    return function
+
+
+def class_names(inference):
+    """The names of the classes; numbers if the checkpoint has none. Raises UserError unless there is one a class."""
+    count, names = inference.model.head.out_features, inference.checkpoint.get("class_names")
+    fits = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
+    if names is not None and not fits:
+        raise UserError(f"--checkpoint {inference.args.checkpoint}: names of classes that are not the head's {count}")
+    return names or [f"class {number}" for number in range(count)]
+
+
+def split_row(row, names):
+    """[(name, probability)] of a row of predictions."""
+    count = len(row) // 2
+    return [(names[int(number)], float(p)) for p, number in zip(row[:count], row[count:], strict=True)]
+
+
+def print_predictions(inference, dataset, function, names):
+    """A line an image. Raises UserError if none can be read."""
+    unreadable = []
+    for indices, rows, errors in inference.compute(function, dataset, range(len(dataset))):
+        lines = {index: f"cannot be read: {error}" for index, error in errors}
+        for index, row in zip(indices.tolist(), [] if rows is None else rows, strict=True):
+            lines[index] = ", ".join(f"{name} {100 * p:.1f} %" for name, p in split_row(row, names))
+        for index in sorted(lines):
+            print(f"{in_one_line(dataset.images.name(index))}: {lines[index]}", flush=True)
+        unreadable += errors
+    if len(unreadable) == len(dataset):
+        raise UserError(f"none of the {len(dataset)} images can be read: {unreadable[0][1]}")
+
+
+def describe_run(args, dataset):
+    """What the rows depend on, in JSON: a journal with another is refused."""
+    listing = hashlib.sha256(b"\0".join(map(bytes, dataset.images.paths))).hexdigest()
+    stat = Path(args.checkpoint).stat() if Path(args.checkpoint).exists() else None
+    names = ("topk", "scale", "tta", "model_key", "input_size", "use_amp", "amp_dtype")
+    key = {f"--{name}": getattr(args, name) for name in names} | {"list of images": listing}
+    return key | {"--checkpoint": [os.path.abspath(args.checkpoint), stat and [stat.st_mtime_ns, stat.st_size]]}
+
+
+def write_csv(output, header, lines):
+    """A header and lines, whole or not at all. File names may be any bytes."""
+
+    def write(file):
+        text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
+        csv.writer(text).writerows([header])
+        csv.writer(text).writerows(lines)
+        text.flush()
+        text.detach()
+
+    write_output(output, write)
+
+
+def write_predictions(output, images, rows, errors, names):
+    def lines():
+        for index in range(len(images)):
+            if index in errors:
+                yield images.name(index), errors[index]
+            else:
+                pairs = split_row(rows[index], names)
+                yield images.name(index), "", *(value for name, p in pairs for value in (name, f"{p:.6f}"))
+
+    count = rows.shape[1] // 2
+    header = ["file", "error", *(f"{name}{k + 1}" for k in range(count) for name in ("class", "probability"))]
+    write_csv(output, header, lines())
+
+
+def write_parquet(output, images, rows, errors):
+    pyarrow = import_pyarrow(output)
+    schema = pyarrow.schema(
+        [("file", pyarrow.string()), ("error", pyarrow.string()), ("features", pyarrow.list_(pyarrow.float32()))]
+    )
+
+    def write(file):
+        with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+            for first in range(0, len(images), CHUNK):
+                numbers = range(first, min(first + CHUNK, len(images)))
+                names = [os.fsencode(images.name(i)).decode(errors="backslashreplace") for i in numbers]
+                features = [None if i in errors else rows[i] for i in numbers]
+                columns = dict(file=names, error=[errors.get(i) for i in numbers], features=features)
+                writer.write_table(pyarrow.table(columns, schema=schema))
+
+    write_output(output, write)
+
+
+def write_table(args, journal, images, ending, names):
+    """--output from a complete journal, which is then removed; the rows and errors."""
+    rows, errors = journal.merge(len(images))
+    if ending == ".csv":
+        write_predictions(args.output, images, rows, errors, names)
+    elif ending == ".parquet":
+        write_parquet(args.output, images, rows, errors)
+    else:
+        lines = ((images.name(index), errors.get(index, "")) for index in range(len(images)))
+        write_csv(Path(args.output).with_suffix(".names.csv"), ["file", "error"], lines)
+        os.replace(journal.folder / "rows.npy", args.output)
+    journal.remove()
+    unreadable = f", {len(errors)} unreadable, such as {images.name(min(errors))}" if errors else ""
+    log(f"{len(images)} images{unreadable}: {args.output}")
+    return rows, errors
+
+
+def draw_predictions(args, dataset, rows, errors, names):
+    count = min(len(dataset), 64)
+    cells = []
+    for index in (i * len(dataset) // count for i in range(count)):
+        caption = "unreadable"
+        if index not in errors:
+            name, p = split_row(rows[index], names)[0]
+            caption = f"{name}\n{100 * p:.1f} %"
+        cells.append((read_pixels(dataset, index), caption, None))
+    save_sheet("--sheet", args.sheet, [cells[i : i + 8] for i in range(0, count, 8)])
+    log(f"{count} of them: {args.sheet}")
+
+
 def main(args):
-    model, checkpoint = load_network(args.checkpoint, args.model_key, needs_head=True)
-    count, in_chans = model.head.out_features, model.config["in_chans"]
-    size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
-    names = checkpoint.get("class_names") or [f"class {number}" for number in range(count)]
-    for file, image in read_files("IMAGE", args.images, in_chans, build_transform(checkpoint, size, in_chans)):
-        with torch.inference_mode():
-            top = model(image[None])[0].softmax(0).topk(min(args.topk, count))
-        probabilities = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        print(f"{in_one_line(file)}: {', '.join(f'{names[number]} {100 * p:.1f} %' for number, p in probabilities)}")
+    ending = check_args(args)
+    classify = ending == ".csv"
+    inference = load_inference(args, needs_head=classify)
+    names = class_names(inference) if classify else None
+    dataset = inference.build_dataset("IMAGE", args.images)
+    function = build_function(args, inference.model, classify)
+    if not args.output:
+        if args.sheet or utils.get_world_size() > 1:
+            raise UserError("--output: give a .csv; --sheet and several processes need it")
+        return print_predictions(inference, dataset, function, names)
+
+    journal = Journal(args.output, describe_run(args, dataset))
+    done = journal.done()
+    left = [index for index in range(len(dataset)) if index not in done]
+    utils.barrier()  # all have read what is done before any writes more
+    if done:
+        log(f"resuming: {len(done)} of {len(dataset)} images are done")
+    for block in inference.compute(function, dataset, left[utils.get_rank() :: utils.get_world_size()]):
+        journal.append(*block)
+    utils.barrier()
+
+    def finish():
+        rows, errors = write_table(args, journal, dataset.images, ending, names)
+        if args.sheet:
+            draw_predictions(args, dataset, rows, errors, names)
+
+    utils.on_main_rank(finish)
 
 
 if __name__ == "__main__":

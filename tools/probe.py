@@ -12,9 +12,8 @@ from argparse import Namespace
 import datasets
 import flags
 import utils
-from checkpoints import training_flags
 from evaluation import probe
-from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, load_network
+from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 
 
 def get_args_parser():
@@ -37,12 +36,14 @@ def main(args):
     size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
     device = utils.init_distributed_mode(args)
     model = utils.to_device(model, device, args.triton)
-    pixel_range = training_flags(checkpoint).get("pixel_range")
-    known = {"in_chans": model.config["in_chans"], "input_size": size, "pixel_range": pixel_range}
+    seen = find_seen(checkpoint)
+    known = {"in_chans": model.config["in_chans"], "input_size": size, "pixel_range": seen.pixel_range}
     probe_args = Namespace(**vars(args) | known)
     sets = datasets.build_probe_sets(probe_args, args.data_path, args.images_per_class)
     loaders = [datasets.build_eval_loader(dataset, probe_args, device) for dataset in sets]
-    accuracies, counts, unreadable = probe(model.forward_trunk, loaders, device, lambda: utils.autocast(args, device))
+    accuracies, counts, unreadable = probe(
+        model.forward_trunk, loaders, device, lambda: utils.autocast(args, device), imagenet=seen.imagenet
+    )
     for name in unreadable:
         utils.log(f"unreadable image, left out: {name}")
     results = f"k-nearest-neighbor {accuracies['probe_knn']:.2f} %  linear {accuracies['probe_linear']:.2f} %"

@@ -1,6 +1,9 @@
 """Draw original | masked | reconstruction of images with the weights of an FCMAE checkpoint.
 
 python -m tools.reconstruct --checkpoint OUTPUT/checkpoint-799.pth --images A.jpg B.png --output picture.png
+
+A network trained with --norm_pix_loss predicts patches without their brightness and contrast. Its reconstruction is
+drawn twice: with each patch's true mean and deviation given back, and with those of the visible patches, all it knows.
 """
 
 from functools import partial

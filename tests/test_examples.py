@@ -1,0 +1,158 @@
+"""The examples: scenes in standard layouts, a U-Net and a Mask R-CNN on the encoder; they resume and measure right."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_weights, randomise, run_script_here
+from PIL import Image
+
+from examples import detection, scenes, segmentation
+from examples.common import build_encoder, build_optimizer
+from flags import FlagParser
+from models.fcmae import FCMAE
+
+pytestmark = [
+    pytest.mark.usefixtures("seed_and_one_thread", "narrow"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of pycocotools
+]
+SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Scenes: 2 unlabelled, 4 to train, 3 to validate."""
+    folder = tmp_path_factory.mktemp("scenes")
+    counts = dict(unlabelled=2, train=4, val=3)
+    scenes.main(FlagParser(parents=[scenes.get_args_parser()]).parse_args(
+        [str(folder), *(word for name, count in counts.items() for word in (f"--{name}", str(count)))]
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def example(data, monkeypatch, capsys):
+    """example(module, *flags): `python -m examples.NAME` on the scenes, see `run_script_here`."""
+    flags = ["--data_path", data, "--device", "cpu", "--batch_size", 2]
+    return lambda module, *more: run_script_here(module, [*flags, *more], monkeypatch, capsys)
+
+
+def test_boxes_and_masks_of_scenes_agree(data):
+    coco = detection.CocoFolder(data / "train", masks=True)
+    assert len(coco.ids) == 4 and coco.categories == list(range(1, 11))
+    for number in range(4):
+        target, image = coco.target(number), coco.image(number)
+        classes = torch.from_numpy(np.array(Image.open(data / f"train/masks/{number:04}.png")))
+        assert image.shape == (3, 128, 128) and len(target["labels"]) >= 1
+        by_hand = torch.zeros(128, 128, dtype=torch.uint8)
+        for box, label, mask in zip(target["boxes"].int(), target["labels"], target["masks"].bool(), strict=True):
+            rows, columns = mask.nonzero().T
+            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            by_hand[mask] = label.byte()
+        assert torch.equal(by_hand, classes)
+
+
+def test_a_perfect_detector_has_an_ap_of_100_and_one_that_misses_half_less(data):
+    coco = detection.CocoFolder(data / "val", masks=False)
+    results = [a | {"score": 1.0} for annotations in coco.coco.imgToAnns.values() for a in annotations]
+    results = [{name: result[name] for name in ("image_id", "category_id", "bbox", "score")} for result in results]
+    assert detection.average_precision(coco, results, "bbox") == pytest.approx(100)
+    assert 0 < detection.average_precision(coco, results[::2], "bbox") < 90
+    assert detection.average_precision(coco, [], "bbox") == 0
+
+
+def test_mean_iou_counts_classes_that_occur_and_leaves_ignored_pixels_out():
+    target = torch.tensor([[[0, 0, 1, 1, 255]]])
+    predicted = torch.tensor([[[0, 1, 1, 1, 3]]])
+    assert segmentation.mean_iou(predicted, target, 4) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "words"),
+    [(segmentation, [], "mIoU"), (detection, ["--masks", "--input_size", 64], "segm AP")],
+)
+def test_an_example_trains_measures_and_resumes_bit_for_bit(example, module, flags, words, tmp_path):
+    whole = example(module, *flags, "--epochs", 2, "--output_dir", tmp_path / "whole")
+    assert whole.status == 0 and f"{words} " in whole.out.splitlines()[-1], whole.err
+    stopped = functools.partial(example, module, *flags, "--output_dir", tmp_path / "stopped", "--epochs", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        save = patch_save(patch)
+        assert stopped().status == 130 and save
+    resumed = stopped()
+    assert "resuming from" in resumed.out and resumed.out.splitlines()[-1] == whole.out.splitlines()[-1]
+    weights = (torch.load(tmp_path / name / "checkpoint.pth")["model"] for name in ("whole", "stopped"))
+    assert_same_weights(*weights)
+
+
+def patch_save(patch):
+    """Stop by Ctrl-C after the first checkpoint; the list of paths saved."""
+    from examples import common
+
+    saved, save_whole = [], common.save_whole
+
+    def save_and_stop(path, content):
+        save_whole(path, content)
+        saved.append(path)
+        raise KeyboardInterrupt
+
+    patch.setattr(common, "save_whole", save_and_stop)
+    return saved
+
+
+def build_args(*flags):
+    parser = FlagParser(parents=[segmentation.get_args_parser()])
+    return parser.parse_args(["--data_path", "none", "--device", "cpu", *map(str, flags)])
+
+
+def test_the_encoder_is_the_checkpoints_and_the_head_does_not_depend_on_it(tmp_path):
+    pretrained = randomise(FCMAE(64, decoder_embed_dim=16, **SMALL))
+    torch.save({"model": pretrained.state_dict(), "config": pretrained.config}, tmp_path / "checkpoint-0.pth")
+    encoder = build_encoder(build_args("--encoder", tmp_path / "checkpoint-0.pth"))
+    assert_same_weights(encoder.state_dict(), pretrained.encoder.state_dict())
+    head = segmentation.UNet(encoder, 11).decoder.state_dict()
+    assert_same_weights(head, segmentation.UNet(build_encoder(build_args()), 11).decoder.state_dict())
+
+
+def test_layer_decay_reaches_the_encoder_and_not_the_head():
+    args = build_args("--layer_decay", 0.5)
+    model = segmentation.UNet(build_encoder(args), 11)
+    optimizer = build_optimizer(args, model)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    names = {name: scales[id(p)] for name, p in model.named_parameters()}
+    assert (
+        names["scales.encoder.downsample_layers.0.0.weight"] == 0.5**5
+        and names["scales.encoder.stages.3.0.pwconv1.weight"] == 0.5
+    )
+    assert {scale for name, scale in names.items() if not name.startswith("encoder.")} == {1.0}
+
+
+def test_a_frozen_encoder_does_not_change(example, tmp_path):
+    assert example(segmentation, "--freeze", "--epochs", 1, "--output_dir", tmp_path).status == 0
+    trained = torch.load(tmp_path / "checkpoint.pth")["model"]
+    initial = {f"scales.encoder.{name}": value for name, value in build_encoder(build_args()).state_dict().items()}
+    assert_same_weights({name: trained[name] for name in initial}, initial)
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "words"),
+    [
+        (segmentation, lambda folder: (folder / "train/masks/0001.png").unlink(), "0001.png has no mask"),
+        (segmentation, lambda folder: Image.new("L", (64, 64)).save(folder / "train/masks/0001.png"), "of the size of"),
+        (detection, lambda folder: (folder / "val/annotations.json").unlink(), "annotations.json: [Errno 2]"),
+        (detection, lambda folder: rename_category(folder / "val/annotations.json"), "must be those of train/"),
+    ],
+)
+def test_data_that_does_not_fit_is_one_line(module, change, words, tmp_path, monkeypatch, capsys):
+    for split in ("train", "val"):
+        scenes.write_split(tmp_path / split, 2, split == "train", 0)
+    change(tmp_path)
+    result = run_script_here(module, ["--data_path", tmp_path, "--device", "cpu"], monkeypatch, capsys)
+    assert result.status == 2 and words in result.err and len(result.err.splitlines()) == 1, result.err
+
+
+def rename_category(path):
+    content = json.loads(path.read_text())
+    content["categories"][0]["id"] = 90
+    path.write_text(json.dumps(content))

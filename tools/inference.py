@@ -1,0 +1,108 @@
+"""Shared by predict and neighbours: image files in batches through the network of a checkpoint."""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import datasets
+import flags
+import utils
+from evaluation import compute_rows
+from images import find_images, normalize, open_image, try_open
+from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
+from utils import UserError
+
+
+def add_inference_args(parser):
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="in any known form")
+    add_model_key_arg(add)
+    add_input_size_arg(add)
+    add("--batch_size", default=64, type=flags.at_least(1), help="images of a forward pass")
+    add("--num_workers", default=10, type=flags.at_least(0), help="loader processes, at most one per core; 0: none")
+    flags.add_machine_args(parser, training=False)
+
+
+class ImageFiles:
+    """An image set, see `images`, of files and of all images below folders; without labels.
+
+    Raises UserError for a path that does not exist, and if there is no image.
+    """
+
+    def __init__(self, flag, paths, in_chans):
+        for path in paths:
+            if not os.path.exists(path):
+                raise UserError(f"{flag} {path}: No such file or folder")
+        files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
+        if not files:
+            raise UserError(f"{flag} {' '.join(paths)}: no image there")
+        self.paths, self.in_chans = np.array([os.fsencode(file) for file in files]), in_chans
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, index):
+        return os.fsdecode(bytes(self.paths[index]))
+
+    def open(self, index):
+        return open_image(self.name(index), self.in_chans)
+
+
+class FileDataset(datasets.EvalDataset):
+    """As `EvalDataset`, without classes: an unreadable file is (None, None, None, [(index, error)])."""
+
+    def __getitem__(self, index):
+        image, error = try_open(self.images, index, self.read)
+        if error is not None:
+            return None, None, None, [(index, error.removeprefix(self.images.name(index)).strip(" ()"))]
+        return self.resize(image), 0, index, []
+
+
+class Inference(NamedTuple):
+    """A network and all that its training says about images."""
+
+    model: torch.nn.Module
+    checkpoint: dict
+    input_size: tuple  # (height, width)
+    imagenet: bool  # see `images.normalize`
+    device: torch.device
+    args: object
+
+    def build_dataset(self, flag, paths):
+        in_chans = self.model.config["in_chans"]
+        images = ImageFiles(flag, paths, in_chans)
+        transform = datasets.build_eval_transform(self.input_size, in_chans, find_seen(self.checkpoint).crop_pct)
+        return FileDataset(images, transform)
+
+    def compute(self, function, dataset, indices):
+        """Yield (indices (n,), rows (n, D), [(index, error)]) of batches: function(normalized imgs) -> rows.
+
+        rows are on the CPU, and None if no image of the batch can be read.
+        """
+        sampler = torch.utils.data.BatchSampler(indices, self.args.batch_size, False)
+        loader = datasets.build_loader(dataset, sampler, Loading(self.args.num_workers), self.device)
+        for batch in loader:
+            rows = None
+            if len(batch.imgs):
+                rows = compute_rows(
+                    lambda imgs, _: function(normalize(imgs, self.imagenet)), batch, self.device,
+                    lambda: utils.autocast(self.args, self.device),
+                )  # fmt: skip
+            yield batch.indices, rows, batch.unreadable
+
+
+class Loading(NamedTuple):  # flags of `datasets.build_loader`
+    num_workers: int
+    pin_mem: bool = True
+
+
+def load_inference(args, needs_head=False):
+    """The `Inference` of --checkpoint, in this process and its device. Raises UserError."""
+    flags.check_device(args)
+    model, checkpoint = load_network(args.checkpoint, args.model_key, needs_head)
+    size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
+    device = utils.init_distributed_mode(args)
+    imagenet = find_seen(checkpoint).imagenet
+    return Inference(utils.to_device(model, device, args.triton), checkpoint, size, imagenet, device, args)

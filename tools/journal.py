@@ -1,0 +1,97 @@
+"""Rows of numbers kept on disk as they are computed, by several processes, so that a stopped tool resumes.
+
+OUTPUT.partial/
+    run.json       what the rows depend on
+    run.lock       held while a run writes here
+    rows-*         one file a process and start: blocks of (indices, rows, errors), the last one perhaps cut short
+    rows.npy       all rows in the order of the images, while the output is written
+"""
+
+import io
+import json
+import pickle
+import shutil
+import struct
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import utils
+from checkpoints import lock_folder, write_whole
+from utils import TrainingError, UserError
+
+
+class Journal:
+    """The rows that --output is made of. Raises UserError if its folder holds those of a run with another key."""
+
+    def __init__(self, output, key):
+        self.output, self.folder = output, Path(f"{output}.partial")
+        utils.on_main_rank(lambda: self.prepare(json.loads(json.dumps(key))))
+        self.file = None
+
+    def prepare(self, key):
+        try:
+            self.folder.mkdir(exist_ok=True)
+            lock_folder(self.folder)
+            path = self.folder / "run.json"
+            before = json.loads(path.read_text()) if path.exists() else key
+            changed = [name for name in key if key[name] != before.get(name)]
+            if changed:
+                fix = "give the same to resume, delete the folder, or choose another output"
+                raise UserError(f"{self.folder}: holds part of a run with another {' and '.join(changed)}: {fix}")
+            write_whole(path, lambda file: file.write(json.dumps(key).encode()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"--output {self.output}: {getattr(error, 'strerror', None) or error}") from None
+
+    def blocks(self):
+        """All whole blocks of (indices, rows or None, [(index, error)])."""
+        for path in sorted(self.folder.glob("rows-*")):
+            with open(path, "rb") as file:
+                while len(header := file.read(8)) == 8:
+                    content = file.read(*struct.unpack("<q", header))
+                    try:
+                        yield torch.load(io.BytesIO(content), weights_only=True)
+                    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+                        break  # cut short
+
+    def done(self):
+        """The indices whose rows, or errors, are kept."""
+        return {i for indices, _, errors in self.blocks() for i in [*indices.tolist(), *(i for i, _ in errors)]}
+
+    def append(self, indices, rows, errors):
+        content = io.BytesIO()
+        torch.save((indices.long(), rows, [tuple(error) for error in errors]), content)
+        try:
+            self.file = self.file or open(self.folder / f"rows-{uuid.uuid4().hex}", "ab", buffering=0)
+            self.file.write(struct.pack("<q", content.tell()) + content.getvalue())
+        except OSError as error:
+            raise UserError(f"--output {self.output}: {error.strerror}; the same command resumes") from None
+
+    def merge(self, count):
+        """(rows (count, D) as a memory-mapped rows.npy, nan where an image cannot be read; {index: error}).
+
+        Raises TrainingError if rows are missing, as when another process has died, UserError if no image can be read.
+        """
+        missing = count - len(self.done())
+        if missing:
+            raise TrainingError(f"{missing} of {count} images are not done: a process ended; the same command resumes")
+        errors, merged = {}, None
+        for indices, rows, unreadable in self.blocks():
+            errors |= dict(unreadable)
+            if rows is not None and merged is None:
+                shape = (count, rows.shape[1])
+                merged = np.lib.format.open_memmap(self.folder / "rows.npy", "w+", np.float32, shape)
+                merged[:] = np.nan
+            if rows is not None:
+                merged[indices.numpy()] = rows.numpy()
+        if merged is None:
+            raise UserError(f"none of the {count} images can be read: {errors[0]}")
+        merged.flush()
+        return merged, errors
+
+    def remove(self):
+        if self.file:
+            self.file.close()
+        shutil.rmtree(self.folder)
