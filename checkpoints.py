@@ -409,7 +409,7 @@ SCHEMA = {
 
 def check_schema(checkpoint, path):
     """Raise UserError, naming the entry, for a checkpoint that this version of the project cannot have written."""
-    if checkpoint["format"] not in (1, CHECKPOINT_FORMAT):
+    if not is_count(checkpoint["format"]) or checkpoint["format"] not in (1, CHECKPOINT_FORMAT):
         known = f"this version reads 1 and {CHECKPOINT_FORMAT}"
         raise UserError(f"{path}: format is {checkpoint['format']!r}; {known}: update the code")
     for name, (accepts, accepted) in SCHEMA.items():

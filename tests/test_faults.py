@@ -15,6 +15,9 @@ from conftest import TINY
 import checkpoints
 import main_finetune
 import main_pretrain
+import utils
+from models import fcmae
+from tools import common
 from utils import TrainingError, UserError
 
 MAINS = {"pretrain": main_pretrain, "finetune": main_finetune}
@@ -198,6 +201,28 @@ def test_every_wrong_entry_of_a_checkpoint_is_refused_in_one_line_or_does_no_har
                 raise AssertionError((use, place, value)) from error
             expected = {0: 0, 1: 1, 2: 1}.get(result.status)
             assert len(result.err.splitlines()) == expected, (use, place, value, result.err[-2000:])
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_every_wrong_entry_is_refused_in_one_line_or_does_no_harm_in_the_tools(trained, name, request, tmp_path):
+    """What they do with a checkpoint before they read an image."""
+    content = torch.load(trained[name])
+    cases = [(place, value) for place in entries(content) for value in WRONG]
+    random.Random(name).shuffle(cases)
+    path = tmp_path / "wrong.pth"
+    for place, value in cases[: 60 * request.config.getoption("--rounds")]:
+        torch.save(replaced(content, place, value), path)
+        try:
+            model, checkpoint = common.load_network(path, "model|module", needs_head=name == "finetune")
+            size = common.choose_input_size(None, checkpoint, 8 * model.config["stem_stride"])
+            common.build_transform(checkpoint, size, model.config["in_chans"])
+            if name == "pretrain":
+                with utils.name_in_errors(path):
+                    fcmae.from_checkpoint(checkpoint)
+        except UserError as error:
+            assert one_line(error), (place, value)
+        except Exception as error:
+            raise AssertionError((place, value)) from error
 
 
 def test_the_machine_finds_the_entries_that_matter(trained):
