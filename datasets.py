@@ -572,14 +572,14 @@ def build_train_loader(dataset, args, device, repeats=1):
             f"{count} images make no whole step of {args.batch_size * args.update_freq * world_size} "
             f"(--batch_size {args.batch_size} x --update_freq {args.update_freq} x {world_size} ranks)"
         )
-    return Loader(dataset, sampler, args, device), sampler
+    return build_loader(dataset, sampler, args, device), sampler
 
 
 def build_eval_loader(dataset, args, device, divided=True):
     """The loader of this rank's share of an evaluation set, no image twice; divided False: of all of it."""
     rank, world_size = (utils.get_rank(), utils.get_world_size()) if divided else (0, 1)
     indices = range(rank, len(dataset), world_size)
-    return Loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
+    return build_loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
 
 
 class Collated(torch.utils.data.Dataset):
@@ -598,6 +598,25 @@ class Collated(torch.utils.data.Dataset):
             return error
 
 
+def build_loader(dataset, batch_sampler, args, device):
+    """The `Loader` of a data set by the flags of `add_loader_args`, of which tools may lack the last two."""
+    workers = min(args.num_workers, len(os.sched_getaffinity(0)))
+    opening = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
+    return Loader(
+        dataset,
+        getattr(args, "max_bad_images", math.inf),
+        opening,
+        batch_sampler=batch_sampler,
+        collate_fn=return_it,
+        num_workers=workers,
+        pin_memory=args.pin_mem and torch.device(device).type == "cuda",
+        timeout=getattr(args, "data_timeout", 0) if workers else 0,
+        persistent_workers=workers > 0,
+        worker_init_fn=functools.partial(init_worker, opening),
+        generator=torch.Generator(),  # else each epoch would draw from the global one
+    )
+
+
 class Loader(torch.utils.data.DataLoader):
     """Batches of a data set. opening: (workers,) int64, shared: the image that each worker has opened last.
 
@@ -605,22 +624,10 @@ class Loader(torch.utils.data.DataLoader):
     TrainingError if no batch comes within --data_timeout seconds.
     """
 
-    def __init__(self, dataset, batch_sampler, args, device):
-        workers = min(args.num_workers, len(os.sched_getaffinity(0)))
+    def __init__(self, dataset, max_bad_images, opening, **options):
         self.images, self.evaluates = dataset.images, isinstance(dataset, EvalDataset)
-        self.max_bad_images = args.max_bad_images
-        self.opening = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
-        super().__init__(
-            Collated(dataset),
-            batch_sampler=batch_sampler,
-            collate_fn=return_it,
-            num_workers=workers,
-            pin_memory=args.pin_mem and torch.device(device).type == "cuda",
-            timeout=args.data_timeout if workers else 0,
-            persistent_workers=workers > 0,
-            worker_init_fn=functools.partial(init_worker, self.opening),
-            generator=torch.Generator(),  # else each epoch would draw from the global one
-        )
+        self.max_bad_images, self.opening = max_bad_images, opening
+        super().__init__(Collated(dataset), **options)
 
     def __iter__(self):
         batches, unreadable = super().__iter__(), []

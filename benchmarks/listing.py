@@ -58,12 +58,13 @@ def own_memory():
 
 
 def measure(work, *args):
-    """(seconds, MiB of its own, result) of work(*args) in a new process."""
+    """("seconds, of them on the CPU, MiB of its own", result) of work(*args) in a new process."""
 
     def run(pipe):
-        before, start = own_memory(), time.perf_counter()
+        before, start, cpu = own_memory(), time.perf_counter(), time.process_time()
         result = work(*args)
-        pipe.send((time.perf_counter() - start, own_memory() - before, result))
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        pipe.send((f"{seconds:.2f} s ({cpu:.2f} s of CPU), {own_memory() - before:.1f} MiB", result))
 
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=run, args=(theirs,))
@@ -144,19 +145,18 @@ def main():
         for kind in ("files", "tars"):
             path = folder / kind
             shutil.rmtree(path / ".index", ignore_errors=True)
-            for what, keep in (("listed", True), ("start", False)):
-                seconds, memory, count = measure(start, path, keep)
-                print(f"{kind}: {what} {count:,} images: {seconds:.2f} s, {memory:.0f} MiB", flush=True)
-            seconds, memory, descriptors = read_in_workers(path)
-            print(f"{kind}: 20,000 reads: {seconds / 0.02:.1f} us each, {memory:.1f} MiB, {descriptors} descriptors")
+            for what, keep in (("list", True), ("start", False)):
+                figures, count = measure(start, path, keep)
+                print(f"{kind}: {what} {count:,} images: {figures}", flush=True)
+            figures, descriptors = read_in_workers(path)
+            print(f"{kind}: 20,000 reads: {figures}, {descriptors} descriptors", flush=True)
             measure(repeat_index, path, args.repeated)
-            seconds, memory, count = measure(start, path)
-            print(f"{kind}: start {count:,} entries: {seconds:.2f} s, {memory:.0f} MiB", flush=True)
+            figures, count = measure(start, path)
             size = sum(file.stat().st_size for file in path.glob(".index/*/*"))
-            print(f"{kind}: index of {count:,} entries: {size / 2**20:.0f} MiB on disk")
+            print(f"{kind}: start {count:,} entries: {figures}; {size / 2**20:.0f} MiB on disk", flush=True)
         for shuffle in ("full", "blocks"):
-            seconds, memory, keys = measure(take_batches, args.repeated, shuffle)
-            print(f"{shuffle}: 1,000 batches of 128: {1000 * seconds:.0f} ms, {memory:.1f} MiB, {keys:,} keys")
+            figures, keys = measure(take_batches, args.repeated, shuffle)
+            print(f"{shuffle}: order of 1,000 batches of 128 of {args.repeated:,} images: {figures}")
             print(f"{shuffle}: {count_seeks(args.count, shuffle):,} seeks for {args.count:,} images", flush=True)
     finally:
         if not args.folder:

@@ -162,7 +162,7 @@ def test_features_are_pooled_from_whole_images_in_the_order_of_the_set(labelled_
     small = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
     fcmae = randomise(FCMAE(32, patch_size=8, decoder_embed_dim=16, **small)).eval()
     dense, _ = convnextv2.from_checkpoint({"model": fcmae.state_dict()})
-    args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False, max_bad_images=9)
+    args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False)
     sets = datasets.build_probe_sets(args, str(labelled_folder))
     loaders = [datasets.build_eval_loader(dataset, args, CPU) for dataset in sets]
     measured = []
