@@ -43,7 +43,7 @@ def count(*options):
     ("options", "megabytes"),
     [
         (("--part", "pretrain", "--batch_size", 256), 375),
-        (("--part", "finetune", "--batch_size", 128), 850),
+        (("--part", "finetune", "--batch_size", 128), 870),
     ],
     ids=["pre-training", "fine-tuning"],
 )
