@@ -143,8 +143,8 @@ class FCMAE(nn.Module):
             x = F.linear(latent.permute(0, 2, 3, 1), self.proj.weight.flatten(1), self.proj.bias).permute(0, 3, 1, 2)
         else:
             x = self.proj(latent)
-        masked = mask.view(x.shape[0], 1, *x.shape[2:]).to(x.dtype)
-        x = x * (1 - masked) + self.mask_token * masked
+        masked = mask.view(x.shape[0], 1, *x.shape[2:]).bool()
+        x = torch.where(masked, self.mask_token.to(x.dtype), x)
         return self.decoder(x.contiguous(memory_format=torch.channels_last))
 
     def forward_decoder(self, latent, mask):

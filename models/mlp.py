@@ -54,7 +54,7 @@ class _MLP(torch.autograd.Function):
         else:
             y, low2 = passes.scaled_gelu(h, a, scale), weight2.to(dtype)
             out = F.linear(y, low2, bias)
-        ctx.save_for_backward(x, *parameters, *statistics, z, low1, h, a, y, low2, norm, mean)
+        ctx.save_for_backward(x, *parameters, *statistics, z, h, a, y, low2, norm, mean)
         ctx.eps = eps
         return out
 
@@ -70,7 +70,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def compute_gradients(
         grad, x, norm_weight, norm_bias, weight1, bias1, gamma, beta, weight2, bias2,
-        x_mean, x_rstd, z, low1, h, a, y, low2, norm, mean,
+        x_mean, x_rstd, z, h, a, y, low2, norm, mean,
     ):  # fmt: skip
         """The gradients of x and of the parameters."""
         passes, n = choose_passes(x), norm / mean
@@ -101,7 +101,7 @@ class _MLP(torch.autograd.Function):
         grad_norm_bias = sum_rows(weight1, grad_bias1)
         no_affine = [True, False, False]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_h @ low1, x, x.shape[-1:], x_mean, x_rstd, None, None, no_affine
+            grad_h @ (weight1 * norm_weight).to(x.dtype), x, x.shape[-1:], x_mean, x_rstd, None, None, no_affine
         )
         grad_gamma = (grad_scale * n).sum((0, 1))
         return (

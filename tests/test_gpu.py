@@ -42,8 +42,8 @@ def count(*options):
 @pytest.mark.parametrize(
     ("options", "megabytes"),
     [
-        (("--part", "pretrain", "--batch_size", 256), 370),
-        (("--part", "finetune", "--batch_size", 128), 850),
+        (("--part", "pretrain", "--batch_size", 256), 375),
+        (("--part", "finetune", "--batch_size", 128), 870),
     ],
     ids=["pre-training", "fine-tuning"],
 )
