@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import flags
 import utils
 from checkpoints import load_checkpoint, save_whole
 from models import convnextv2
-from models.utils import names_without_decay
+from models.utils import LayerNorm, names_without_decay
 from optim_factory import LayerDecayValueAssigner, get_parameter_groups, half_cosine
 from utils import UserError
 
@@ -45,6 +46,18 @@ def build_encoder(args):
     del model.norm, model.head
     torch.manual_seed(args.seed)  # the same head whatever the encoder
     return model.requires_grad_(not args.freeze)
+
+
+class Scales(nn.Module):
+    """Images (N, 3, H, W) -> the encoder's four scales, each with a norm of its own, as ConvNeXt's detectors have."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.norms = nn.ModuleList(LayerNorm(dim, data_format="channels_first") for dim in encoder.dims)
+
+    def forward(self, imgs):
+        return [norm(x) for norm, x in zip(self.norms, self.encoder.feature_maps(imgs), strict=True)]
 
 
 def build_optimizer(args, model):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import flags
-from examples.common import IMAGENET, add_training_args, build_encoder, train
+from examples.common import IMAGENET, Scales, add_training_args, build_encoder, train
 from utils import UserError
 
 
@@ -35,11 +35,11 @@ class Backbone(nn.Module):
         from torchvision.ops import FeaturePyramidNetwork
         from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-        self.encoder = encoder
+        self.scales = Scales(encoder)
         self.fpn = FeaturePyramidNetwork(encoder.dims, self.out_channels, LastLevelMaxPool())
 
     def forward(self, imgs):
-        return self.fpn(dict(zip("1234", self.encoder.feature_maps(imgs), strict=True)))
+        return self.fpn(dict(zip("1234", self.scales(imgs), strict=True)))
 
 
 def build_model(args, num_classes):

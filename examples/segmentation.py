@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import flags
-from examples.common import add_training_args, build_encoder, list_files, normalize, train
+from examples.common import Scales, add_training_args, build_encoder, list_files, normalize, train
 from utils import UserError
 
 IGNORED = 255  # class of pixels that do not count
@@ -32,7 +32,7 @@ class UNet(nn.Module):
         from segmentation_models_pytorch.base import SegmentationHead
         from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 
-        self.encoder = encoder
+        self.scales = Scales(encoder)
         channels = (3, 0, *encoder.dims)  # of strides 1, 2, 4, 8, 16, 32; the encoder has none of stride 2
         widths = (128, 64, 32, 32, 16)
         self.decoder = UnetDecoder(channels, widths, n_blocks=5)
@@ -41,7 +41,7 @@ class UNet(nn.Module):
     def forward(self, imgs):
         n, _, height, width = imgs.shape
         nothing = imgs.new_empty(n, 0, height // 2, width // 2)
-        return self.head(self.decoder([imgs, nothing, *self.encoder.feature_maps(imgs)]))
+        return self.head(self.decoder([imgs, nothing, *self.scales(imgs)]))
 
 
 def load_split(folder):

@@ -1,7 +1,9 @@
 """Shared by the tools: flags of weights and image size, the dense network, its transform, files to write."""
 
+import operator
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import flags
 import utils
@@ -32,25 +34,42 @@ def load_network(path, model_key, needs_head=False):
     return model.eval(), checkpoint
 
 
+class Seen(NamedTuple):
+    """How a checkpoint's training saw images."""
+
+    input_size: tuple | None  # (height, width)
+    crop_pct: float | None  # see `datasets.build_eval_transform`
+    imagenet: bool  # see `images.normalize`
+
+
+def find_seen(checkpoint):
+    """The `Seen` of a checkpoint. Raises UserError if its flags, which anybody may have written, are none."""
+    try:
+        given = training_flags(checkpoint)
+        size, crop_pct = given.get("input_size"), given.get("crop_pct")
+        size = size and tuple(map(operator.index, size))
+        return Seen(size, crop_pct and float(crop_pct), bool(given.get("imagenet_default_mean_and_std", True)))
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"--checkpoint: its args hold no flags of a training: {error}") from None
+
+
 def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):
     """(height, width): input_size if given, else that of the checkpoint's training. Raises UserError if it is unfit."""
-    size = input_size or training_flags(checkpoint).get("input_size", (224, 224))
+    trained = find_seen(checkpoint).input_size
+    size = input_size or trained or (224, 224)
     flags.check_image_size("input_size", size, multiple_of=multiple_of, least=total_stride)
-    trained = training_flags(checkpoint).get("input_size", size)
-    if tuple(trained) != tuple(size) and utils.is_main_process():
-        sizes = " x ".join(map(str, size)), " x ".join(map(str, trained))
-        print(
-            f"WARNING: --input_size makes images of {sizes[0]}: the checkpoint was trained at {sizes[1]}",
-            file=sys.stderr,
-        )
+    if trained and trained != tuple(size) and utils.is_main_process():
+        asked, before = (" x ".join(map(str, sides)) for sides in (size, trained))
+        warning = f"WARNING: --input_size makes images of {asked}: the checkpoint was trained at {before}"
+        print(warning, file=sys.stderr)
     return size
 
 
 def build_transform(checkpoint, input_size, in_chans):
     """image -> normalized (C, height, width), as the checkpoint's training evaluates, at the given size."""
-    flags = training_flags(checkpoint)
-    transform = build_eval_transform(size=input_size, in_chans=in_chans, crop_pct=flags.get("crop_pct"))
-    return lambda image: normalize(transform(image)[None], flags.get("imagenet_default_mean_and_std", True))[0]
+    seen = find_seen(checkpoint)
+    transform = build_eval_transform(size=input_size, in_chans=in_chans, crop_pct=seen.crop_pct)
+    return lambda image: normalize(transform(image)[None], seen.imagenet)[0]
 
 
 def check_output(output, images, flag="--output"):

@@ -9,10 +9,9 @@ import torch
 import datasets
 import flags
 import utils
-from checkpoints import training_flags
 from evaluation import compute_rows
 from images import find_images, normalize, open_image, try_open
-from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, load_network
+from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
 
 
@@ -74,8 +73,8 @@ class Inference(NamedTuple):
     def build_dataset(self, flag, paths):
         in_chans = self.model.config["in_chans"]
         images = ImageFiles(flag, paths, in_chans)
-        crop_pct = training_flags(self.checkpoint).get("crop_pct")
-        return FileDataset(images, datasets.build_eval_transform(self.input_size, in_chans, crop_pct))
+        transform = datasets.build_eval_transform(self.input_size, in_chans, find_seen(self.checkpoint).crop_pct)
+        return FileDataset(images, transform)
 
     def compute(self, function, dataset, indices):
         """Yield (indices (n,), rows (n, D), [(index, error)]) of batches: function(normalized imgs) -> rows.
@@ -105,5 +104,5 @@ def load_inference(args, needs_head=False):
     model, checkpoint = load_network(args.checkpoint, args.model_key, needs_head)
     size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
     device = utils.init_distributed_mode(args)
-    imagenet = training_flags(checkpoint).get("imagenet_default_mean_and_std", True)
+    imagenet = find_seen(checkpoint).imagenet
     return Inference(utils.to_device(model, device, args.triton), checkpoint, size, imagenet, device, args)

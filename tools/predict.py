@@ -97,7 +97,8 @@ def build_function(args, model, classify):
 def class_names(inference):
     """The names of the classes; numbers if the checkpoint has none. Raises UserError unless there is one a class."""
     count, names = inference.model.head.out_features, inference.checkpoint.get("class_names")
-    if names is not None and (not isinstance(names, list) or len(names) != count):
+    fits = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
+    if names is not None and not fits:
         raise UserError(f"--checkpoint {inference.args.checkpoint}: names of classes that are not the head's {count}")
     return names or [f"class {number}" for number in range(count)]
 

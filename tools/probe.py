@@ -12,9 +12,8 @@ from argparse import Namespace
 import datasets
 import flags
 import utils
-from checkpoints import training_flags
 from evaluation import probe
-from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, load_network
+from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 
 
 def get_args_parser():
@@ -40,10 +39,10 @@ def main(args):
     probe_args = Namespace(**vars(args) | {"in_chans": model.config["in_chans"], "input_size": size})
     sets = datasets.build_probe_sets(probe_args, args.data_path, args.images_per_class)
     loaders = [datasets.build_eval_loader(dataset, probe_args, device) for dataset in sets]
-    imagenet = training_flags(checkpoint).get("imagenet_default_mean_and_std", True)
     accuracies, targets, unreadable = probe(
-        model.forward_trunk, loaders, device, lambda: utils.autocast(args, device), imagenet=imagenet
-    )
+        model.forward_trunk, loaders, device, lambda: utils.autocast(args, device),
+        imagenet=find_seen(checkpoint).imagenet,
+    )  # fmt: skip
     for name in unreadable:
         utils.log(f"unreadable image, left out: {name}")
     results = f"k-nearest-neighbor {accuracies['probe_knn']:.2f} %  linear {accuracies['probe_linear']:.2f} %"
