@@ -273,6 +273,20 @@ def test_released_weights_that_cannot_be_had_are_one_line(monkeypatch, capsys, t
     assert result.status == 2 and f"{name}: {words}" in result.err and len(result.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("args", [[1], {"input_size": ()}, {"input_size": "ab"}, {"crop_pct": "much"}])
+def test_crafted_flags_are_a_value_error_with_the_files_name(args, classifier, tmp_path):
+    torch.save(torch.load(classifier[0]) | {"args": args}, tmp_path / "crafted.pth")
+    with pytest.raises(ValueError, match="crafted.pth: its args hold no flags of a training"):
+        models.from_checkpoint(tmp_path / "crafted.pth")
+
+
+def test_onnx_of_more_than_2_gb_is_refused_before_long_work(monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", None)
+    state = ConvNeXtV2(**SMALL).state_dict() | {"head.weight": torch.empty(600_000_000, 1, device="meta")}
+    with pytest.raises(ValueError, match="2.4 GB of weights: a file of ONNX holds 2"):
+        convert.write_onnx("out.onnx", state, {})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
