@@ -92,14 +92,19 @@ def download_from_timm(name):
 def preprocessing(checkpoint, in_chans):
     """How the checkpoint's training saw images, under timm's names: a `pretrained_cfg` without the model.
 
-    input_size (in_chans, height, width), mean and std of each channel, crop_pct, crop_mode, interpolation.
+    input_size (in_chans, height, width), mean and std of each channel, crop_pct, crop_mode, interpolation. Raises
+    ValueError if the checkpoint's flags are none.
     """
     from timm.data import constants
 
-    args = checkpoint.get("args") or {}
-    args = args if isinstance(args, dict) else vars(args)
-    size, crop_pct = args.get("input_size", 224), args.get("crop_pct")
-    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
+    try:
+        args = checkpoint.get("args") or {}
+        args = args if isinstance(args, dict) else vars(args)
+        size, crop_pct = args.get("input_size", 224), args.get("crop_pct")
+        height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+        crop_pct = crop_pct and float(crop_pct)
+    except (TypeError, ValueError, IndexError) as error:  # anybody may have written the file
+        raise ValueError(f"its args hold no flags of a training: {error}") from None
     kind = "DEFAULT" if args.get("imagenet_default_mean_and_std", True) else "INCEPTION"
     mean, std = (getattr(constants, f"IMAGENET_{kind}_{name}") for name in ("MEAN", "STD"))
     if in_chans != 3:  # the average of RGB
@@ -120,9 +125,9 @@ def from_checkpoint(path, model_key="model|module"):
     try:
         checkpoint = read_torch_file(path) if is_torch_file(path) else read_other_file(path)
         model, _ = convnextv2.from_checkpoint(checkpoint, model_key)
+        model.pretrained_cfg = preprocessing(checkpoint, model.config["in_chans"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    model.pretrained_cfg = preprocessing(checkpoint, model.config["in_chans"])
     model.class_names = checkpoint.get("class_names")
     return model.eval()
 

@@ -18,7 +18,7 @@ from tools import common, convert
 
 pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
-SHALLOW = SMALL | {"depths": (1, 1, 1, 1)}  # exports take a second a block
+SHALLOW = SMALL | {"depths": (1, 1, 1, 1)}
 NAMES = ["owl", "newt", "red eel"]
 FLAGS = {"input_size": (64, 64), "imagenet_default_mean_and_std": False}
 
@@ -138,9 +138,17 @@ def test_transformers_load_the_encoder_alone_and_compute_the_same_features(write
     assert gap(output.last_hidden_state, model.encode_all(imgs)) <= 1e-5
 
 
+def save_two_blocks(path, head):
+    """A checkpoint of a network of two blocks, as exports take a second a block, with or without its head."""
+    model = randomise(ConvNeXtV2(num_classes=3, depths=(1, 0, 0, 1), dims=SMALL["dims"])).eval()
+    state = {name: value for name, value in model.state_dict().items() if head or not name.startswith(("head", "norm"))}
+    torch.save({"model": state, "config": model.config, "args": FLAGS, "class_names": NAMES}, path)
+    return path, model
+
+
 @torch.no_grad()
-def test_an_onnx_classifier_takes_any_batch_and_size_and_computes_the_same_logits(write, classifier):
-    path, model = classifier
+def test_an_onnx_classifier_takes_any_batch_and_size_and_computes_the_same_logits(write, tmp_path):
+    path, model = save_two_blocks(tmp_path / "in.pth", head=True)
     session = open_onnx(write(path, "onnx").read_bytes())
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     for shape in ((2, 3, 96, 64), (1, 3, 32, 32), (3, 3, 70, 101)):
@@ -152,8 +160,8 @@ def test_an_onnx_classifier_takes_any_batch_and_size_and_computes_the_same_logit
 
 
 @torch.no_grad()
-def test_onnx_without_a_head_gives_the_four_scales(write, pretrained):
-    path, _ = pretrained
+def test_onnx_without_a_head_gives_the_four_scales(write, tmp_path):
+    path, _ = save_two_blocks(tmp_path / "in.pth", head=False)
     session = open_onnx(write(path, "onnx").read_bytes())
     imgs = torch.randn(1, 3, 64, 128)
     maps = session.run(None, {"imgs": imgs.numpy()})
@@ -271,6 +279,20 @@ def test_fine_tuning_starts_from_released_weights_by_timms_name(finetune, hub, t
 def test_released_weights_that_cannot_be_had_are_one_line(monkeypatch, capsys, tmp_path, name, words):
     result = run_script_here(convert, [name, tmp_path / "out.pth", "--to", "original"], monkeypatch, capsys)
     assert result.status == 2 and f"{name}: {words}" in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("args", [[1], {"input_size": ()}, {"input_size": "ab"}, {"crop_pct": "much"}])
+def test_crafted_flags_are_a_value_error_with_the_files_name(args, classifier, tmp_path):
+    torch.save(torch.load(classifier[0]) | {"args": args}, tmp_path / "crafted.pth")
+    with pytest.raises(ValueError, match="crafted.pth: its args hold no flags of a training"):
+        models.from_checkpoint(tmp_path / "crafted.pth")
+
+
+def test_onnx_of_more_than_2_gb_is_refused_before_long_work(monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", None)
+    state = ConvNeXtV2(**SMALL).state_dict() | {"head.weight": torch.empty(600_000_000, 1, device="meta")}
+    with pytest.raises(ValueError, match="2.4 GB of weights: a file of ONNX holds 2"):
+        convert.write_onnx("out.onnx", state, {})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -132,8 +133,21 @@ def test_a_run_that_stops_resumes_with_what_is_done_and_ends_with_the_same_file(
     result = tool("predict", folder, "--output", stopped, "--topk", 1)
     assert result.status == 2 and "stopped.csv.partial: holds part of a run with another --topk" in result.err
     result = tool("predict", folder, "--output", stopped)
-    assert "resuming: 4 of 10 images are done" in result.out
+    assert "resuming: 3 of 10 images are done" in result.out  # of the first four one cannot be read
     assert stopped.read_bytes() == whole.read_bytes() and sorted(os.listdir(tmp_path)) == ["stopped.csv", "whole.csv"]
+
+
+def test_what_could_not_be_read_is_tried_again(tool, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "images")
+    output = tmp_path / "out.csv"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Journal, "merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert tool("predict", tmp_path / "images", "--output", output).status == 130
+    for name in ("a/04.png", "b/03.png"):
+        shutil.copy(folder / "a/00.png", tmp_path / "images" / name)
+    result = tool("predict", tmp_path / "images", "--output", output)
+    assert "resuming: 8 of 10 images are done" in result.out and "unreadable" not in result.out
+    assert not any(error for _, error, *_ in list(csv.reader(output.open()))[1:])
 
 
 def test_processes_share_the_images_and_another_number_of_them_resumes(tool, folder, tmp_path, monkeypatch):
@@ -144,7 +158,7 @@ def test_processes_share_the_images_and_another_number_of_them_resumes(tool, fol
         result = tool("predict", folder, "--output", output)
     assert result.status == 1 and "5 of 10 images are not done: a process ended" in result.err and not output.exists()
     result = tool("predict", folder, "--output", output)
-    assert "resuming: 5 of 10 images are done" in result.out and output.read_bytes() == whole.read_bytes()
+    assert "resuming: 3 of 10 images are done" in result.out and output.read_bytes() == whole.read_bytes()
 
 
 def test_predict_into_head_ends_quietly(tool, folder, monkeypatch, capsys):

@@ -101,7 +101,10 @@ class Features(torch.nn.Module):
 
 def write_onnx(output, state, checkpoint):
     """A model of free batch, height and width, with `files.preprocessing` and the names of classes as metadata."""
-    model, _ = convnextv2.from_checkpoint({"model": state, "config": checkpoint.get("config", {})})
+    gigabytes = 4 * sum(value.numel() for value in state.values()) / 1e9
+    if gigabytes > 2:
+        raise ValueError(f"{gigabytes:.1f} GB of weights: a file of ONNX holds 2; take a smaller network")
+    model, _ = convnextv2.from_checkpoint({"model": state, "config": checkpoint.get("config")})
     has_head, stride = "head.weight" in state, 8 * model.config["stem_stride"]
     names = ["logits"] if has_head else [f"scale{i}" for i in range(1, 5)]
     imgs = torch.zeros(2, model.config["in_chans"], 3 * stride, 2 * stride)  # sides that differ, and are not free of 1

@@ -57,8 +57,8 @@ class Journal:
                         break  # cut short
 
     def done(self):
-        """The indices whose rows, or errors, are kept."""
-        return {i for indices, _, errors in self.blocks() for i in [*indices.tolist(), *(i for i, _ in errors)]}
+        """The indices whose rows are kept. What could not be read is tried again."""
+        return {index for indices, *_ in self.blocks() for index in indices.tolist()}
 
     def append(self, indices, rows, errors):
         content = io.BytesIO()
@@ -74,20 +74,21 @@ class Journal:
 
         Raises TrainingError if rows are missing, as when another process has died, UserError if no image can be read.
         """
-        missing = count - len(self.done())
+        done = self.done()
+        errors = {index: error for *_, errors in self.blocks() for index, error in errors if index not in done}
+        missing = count - len(done) - len(errors)
         if missing:
             raise TrainingError(f"{missing} of {count} images are not done: a process ended; the same command resumes")
-        errors, merged = {}, None
-        for indices, rows, unreadable in self.blocks():
-            errors |= dict(unreadable)
+        if not done:
+            raise UserError(f"none of the {count} images can be read: {errors[0]}")
+        merged = None
+        for indices, rows, _ in self.blocks():
             if rows is not None and merged is None:
                 shape = (count, rows.shape[1])
                 merged = np.lib.format.open_memmap(self.folder / "rows.npy", "w+", np.float32, shape)
                 merged[:] = np.nan
             if rows is not None:
                 merged[indices.numpy()] = rows.numpy()
-        if merged is None:
-            raise UserError(f"none of the {count} images can be read: {errors[0]}")
         merged.flush()
         return merged, errors
 
