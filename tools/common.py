@@ -1,6 +1,5 @@
 """Shared by the tools: flags of weights and image size, the dense network, its transform, files to write."""
 
-import operator
 import sys
 from pathlib import Path
 from typing import NamedTuple
