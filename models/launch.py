@@ -9,7 +9,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from .triton_switch import TRITON_DEVICES
+from .utils import TRITON_DEVICES
 
 # What changes with the batch and the images: no reason to compile again
 BATCH_SIZES = ["num_tiles", "tiles_per_program", "num_visible", "height", "width", "sites"]

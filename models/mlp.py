@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .passes import Plain
 from .triton_switch import runs_in_triton
 from .utils import GRN, LayerNorm, grn_statistics, is_plain
 
@@ -147,37 +148,6 @@ def choose_passes(x):
 
         return mlp_kernels
     return Plain
-
-
-class Plain:
-    """The passes in plain PyTorch. h, a and gradients are (N, S, 4C); norm, scale and factor (N, 1, 4C)."""
-
-    @staticmethod
-    def gelu_norm(h, keep=True):
-        """a = GELU(h) and its norm over the sites, of float32 at least: the squares of float16 overflow."""
-        a = F.gelu(h)
-        return a, a.to(sum_type(h)).square().sum(1, keepdim=True).sqrt()
-
-    @staticmethod
-    def scaled_gelu(h, a, scale):
-        """scale * a, multiplied in the dtype of scale."""
-        return (a * scale).to(a.dtype)
-
-    @staticmethod
-    def gelu_dot(h, a, grad):
-        """The sum over the sites of grad * a: (N, 1, 4C)."""
-        return (grad.to(sum_type(h)) * a.to(sum_type(h))).sum(1, keepdim=True)
-
-    @staticmethod
-    def gelu_grad(h, a, grad, scale, factor):
-        """GELU'(h) (scale * grad + factor * a), where a scale of None is 1, and its sum over images and sites."""
-        grad = grad if scale is None else (grad * scale).to(grad.dtype)
-        grad_h = torch.ops.aten.gelu_backward(grad.addcmul_(a, factor.to(a.dtype)), h)
-        return grad_h, grad_h.sum((0, 1), dtype=factor.dtype)
-
-
-def sum_type(x):
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def without_autocast(x):

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .launch import define_operator, launch
-from .mlp import Plain, sum_type
+from .passes import Plain, sum_type
 
 # A tile has 16 elements for each thread: 8 of bfloat16 are loaded at a time, from rows of 128 bytes
 SITES, CHANNELS, NUM_WARPS = 32, 64, 4

@@ -10,8 +10,8 @@ import warnings
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-# Under Triton's interpreter the kernels run on the CPU too, slowly: for tests
-TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+from .utils import TRITON_DEVICES
+
 _enabled = None
 
 

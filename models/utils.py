@@ -1,5 +1,7 @@
 """Layers that the dense and the sparse ConvNeXt V2 share, and when a fast path may stand in for a layer."""
 
+import os
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -7,6 +9,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
+# Under Triton's interpreter the kernels run on the CPU too, slowly: for tests
+TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, type(None))  # None: a layer without a bias
 
 

@@ -21,7 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from models import mlp, triton_switch
+from models import passes, triton_switch
 from models.convnextv2 import Block
 from models.convnextv2_sparse import SparseBlock
 from models.depthwise import depthwise_conv, sparse_depthwise_conv
@@ -242,7 +242,7 @@ def test_autocast_sets_the_type_of_the_result_and_leaves_the_weight_gradient_flo
 def random_passes(n, sites, channels, dtype):
     """h and a gradient (N, S, 4C) of the dtype, scale and factor (N, 1, 4C) of the dtype of sums."""
     h, grad = torch.randn(2, n, sites, channels, dtype=torch.float64).to(DEVICE, dtype)
-    scale, factor = torch.randn(2, n, 1, channels, dtype=torch.float64).to(DEVICE, mlp.sum_type(h))
+    scale, factor = torch.randn(2, n, 1, channels, dtype=torch.float64).to(DEVICE, passes.sum_type(h))
     return h, grad, scale, factor
 
 
@@ -276,7 +276,7 @@ def test_passes_of_the_mlp(n, sites, channels, dtype):
     results = [a, norm, mlp_kernels.scaled_gelu(h, None, scale), mlp_kernels.gelu_dot(h, None, grad)]
     for choice in (scale, None):
         results += mlp_kernels.gelu_grad(h, None, grad, choice, factor)
-    assert {x.dtype for x in results} == {dtype, mlp.sum_type(h)}
+    assert {x.dtype for x in results} == {dtype, passes.sum_type(h)}
     assert mlp_kernels.gelu_norm(h, False)[0].numel() == 0
     expected = passes_by_definition(*(x.double() for x in (h, grad, scale, factor)))
     assert_close(results, [x.detach() for x in expected], TOLERANCE[dtype])

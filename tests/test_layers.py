@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: a module may import those before it, and nothing else of this project
 ORDER = """
-    models.utils models.sites models.triton_switch models.launch models.mlp models.kernels models.mlp_kernels
-    models.depthwise models.weights models.cost models.convnextv2
+    models.utils models.sites models.launch models.passes models.kernels models.mlp_kernels models.triton_switch
+    models.mlp models.depthwise models.weights models.cost models.convnextv2
     models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags
     shards images optim_factory run checkpoints
     augmentations
