@@ -93,7 +93,7 @@ class Probe(Hook):
         self.loaders, self.every = loaders, every
 
     def on_start(self, run):
-        fit, test = (len(loader.dataset) for loader in self.loaders)
+        fit, test = (len(loader.dataset.dataset.images) for loader in self.loaders)
         gigabytes = (fit + test) * run.model.encoder.dims[-1] * 4 / 2**30
         log(f"probe: fits on {fit} images, tests on {test}; features of {gigabytes:.2g} GiB, on the main rank")
 
