@@ -185,14 +185,14 @@ def test_another_image_size_than_the_trainings_is_said(tool, folder):
     ("change", "words"),
     [
         ({"class_names": ["owl"]}, "names of classes that are not the head's 3"),
-        ({"class_names": 5}, "names of classes that are not the head's 3"),
-        ({"config": {"drop_path_rate": "high"}}, "must be the weights of a ConvNeXt V2"),
-        ({"class_names": [1, 2, 3]}, "names of classes that are not the head's 3"),
-        ({"config": 7}, "must be the weights of a ConvNeXt V2"),
-        ({"args": [1, 2]}, "its args hold no flags of a training"),
-        ({"args": {"input_size": ()}}, "its args hold no flags of a training"),
-        ({"args": {"input_size": "big"}}, "its args hold no flags of a training"),
-        ({"args": {"input_size": (16, 16), "crop_pct": "much"}}, "its args hold no flags of a training"),
+        ({"class_names": 5}, "class_names is '5'; must be None or a list of strings"),
+        ({"config": {"drop_path_rate": "high"}}, "must be a dict of the network's options"),
+        ({"class_names": [1, 2, 3]}, "must be None or a list of strings"),
+        ({"config": 7}, "must be a dict of the network's options"),
+        ({"args": [1, 2]}, "must be a dict of the training's flags"),
+        ({"args": {"input_size": ()}}, "must be a dict of the training's flags"),
+        ({"args": {"input_size": "big"}}, "must be a dict of the training's flags"),
+        ({"args": {"input_size": (16, 16), "crop_pct": "much"}}, "must be a dict of the training's flags"),
     ],
 )
 def test_a_crafted_checkpoint_is_one_line(tool, classifier, folder, tmp_path, change, words):

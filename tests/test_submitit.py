@@ -98,7 +98,7 @@ def test_without_gpus_none_are_asked_for(scheduler, submit, tmp_path):
     [
         ("--nodes 0", "--nodes 0: must be a whole number, at least 1"),
         ("--mem_gb 0", "--mem_gb 0: must be a number above 0"),
-        ("--cluster local", "--nodes 2 --ngpus 8: --cluster local takes --nodes 1 only"),
+        ("--cluster local --nodes 2", "--nodes 2 --ngpus 8: --cluster local takes --nodes 1 only"),
         ("--cluster debug --ngpus 2", "--cluster debug takes --nodes 1 --ngpus 1 only"),
         ("--partition nowhere", "--cluster slurm: sbatch: error: invalid partition specified: nowhere"),
         ("--model convnextv2_tini", "invalid choice: 'convnextv2_tini'"),

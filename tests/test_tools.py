@@ -213,7 +213,7 @@ def test_convert_of_pre_training_to_timm_loads_into_a_model_without_classes(tool
         ("FOLDER/other.pth FOLDER/out.pth", "FOLDER/other.pth: no downsample_layers.0.0.weight"),
         ("FOLDER/text.pth FOLDER/out.pth", "FOLDER/text.pth: not a whole checkpoint"),
         ("FOLDER/stem.pth FOLDER/out.pth", "FOLDER/stem.pth --to timm: stem stride 1: timm's ConvNeXt V2 has 4 only"),
-        ("FOLDER/block.pth FOLDER/out.pth", "FOLDER/block.pth --to timm: options {'norm': 'batch'}"),
+        ("FOLDER/block.pth FOLDER/out.pth", "FOLDER/block.pth: a network with options {'norm': 'batch'}"),
         ("IN FOLDER/out.pth --model_key ema", "FOLDER/checkpoint-best.pth: holds no weights"),
     ],
 )

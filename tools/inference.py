@@ -10,7 +10,7 @@ import datasets
 import flags
 import utils
 from evaluation import compute_rows
-from images import find_images, normalize, open_image, try_open
+from images import find_images, in_one_line, normalize, open_image, try_open
 from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
 
@@ -54,10 +54,10 @@ class FileDataset(datasets.EvalDataset):
     """As `EvalDataset`, without classes: an unreadable file is (None, None, None, [(index, error)])."""
 
     def __getitem__(self, index):
-        image, error = try_open(self.images, index, self.read)
+        image, error = try_open(self.images, index, self.transform)
         if error is not None:
-            return None, None, None, [(index, error.removeprefix(self.images.name(index)).strip(" ()"))]
-        return self.resize(image), 0, index, []
+            return None, None, None, [(index, error.removeprefix(in_one_line(self.images.name(index))).strip(" ()"))]
+        return image, 0, index, []
 
 
 class Inference(NamedTuple):
@@ -73,7 +73,8 @@ class Inference(NamedTuple):
     def build_dataset(self, flag, paths):
         in_chans = self.model.config["in_chans"]
         images = ImageFiles(flag, paths, in_chans)
-        transform = datasets.build_eval_transform(self.input_size, in_chans, find_seen(self.checkpoint).crop_pct)
+        seen = find_seen(self.checkpoint)
+        transform = datasets.build_eval_transform(self.input_size, in_chans, seen.crop_pct, seen.pixel_range)
         return FileDataset(images, transform)
 
     def compute(self, function, dataset, indices):
