@@ -269,6 +269,7 @@ def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     return [EvalDataset(images, transform) for images in on_all_ranks(build)]
 
 
+ORDERS = {"full": 2, "blocks": 3}  # kept in checkpoints: another law of the order needs another number; 1 was NumPy's
 BLOCK, WINDOW = 64, 256  # of --shuffle blocks: neighboring samples, and blocks that are shuffled among each other
 
 
@@ -286,7 +287,8 @@ class EpochSampler(torch.utils.data.Sampler):
     ):  # fmt: skip
         self.num_samples, self.batch_size, self.update_freq, self.seed = num_samples, batch_size, update_freq, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
-        self.shuffle, self.prefetch = shuffle, prefetch if shuffle == "blocks" else None
+        self.shuffle, self.order = shuffle, ORDERS[shuffle]
+        self.prefetch = prefetch if shuffle == "blocks" else None
         self.steps_per_epoch = num_samples // (batch_size * update_freq * world_size)
         self.set_position(0, 0)
 
