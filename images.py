@@ -20,32 +20,18 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import shards
 import utils
+from index import open_index
+from shards import find_formats, in_one_line
 from utils import UserError
 
 COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
-UNSUPPORTED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS"}  # Pillow has no decoder; for EPS it starts Ghostscript
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, RGB
 INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-@functools.cache
-def find_formats():
-    """The names of the formats that Pillow decodes within this process, in the order in which it tries them."""
-    Image.preinit()  # the usual ones first
-    Image.init()
-    return [name for name in Image.ID if name not in UNSUPPORTED_FORMATS]
-
-
-@functools.cache
-def image_extensions():
-    """The suffixes of files that hold an image, in lower case."""
-    readable, names = find_formats(), Image.registered_extensions()
-    return frozenset(extension for extension, name in names.items() if name in readable) | {".npy"}
-
-
 def find_images(folder):
     """Paths of the images below a folder, nested or flat, by folder and name. Hidden files and folders do not count."""
-    index = shards.open_index(shards.Source("folder", str(folder)), image_extensions())
+    index = open_index(shards.Source("folder", str(folder)))
     return [index.name(number) for number in range(len(index))]
 
 
@@ -54,7 +40,7 @@ class ImageFolder:
 
     def __init__(self, source, in_chans, options=shards.DEFAULTS):
         self.source = source if isinstance(source, shards.Source) else shards.Source("folder", str(source))
-        self.index, self.in_chans = shards.open_index(self.source, image_extensions(), options), in_chans
+        self.index, self.in_chans = open_index(self.source, options), in_chans
         self.digest = self.index.digest
 
     def __len__(self):
@@ -303,11 +289,6 @@ def try_open(images, index, read):
             return read(image), None
     except Exception as error:  # Pillow's plugins raise nearly everything
         return None, in_one_line(f"{images.name(index)} ({type(error).__name__}: {error})")
-
-
-def in_one_line(text):
-    """The text with its control characters as escapes, such as \\n: a file's name may hold any."""
-    return "".join(repr(char)[1:-1] if char < " " or char == "\x7f" else char for char in text)
 
 
 def decode(image, in_chans, shrink=1, pixel_range=None):
