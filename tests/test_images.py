@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from torchvision.transforms import v2
 
 import images
+import shards
 from images import ClassFolders, Crop, Digits, ImageFolder, RandomCrop, build_images, find_images
 from utils import UserError
 
@@ -89,7 +90,8 @@ def test_12_bits_in_a_16_bit_file_are_refused_with_the_range_that_shows_them(tmp
     with pytest.raises(UserError, match="none of the first 1 images can be read: .*--pixel_range 0 4095"):
         build_images("image_folder", tmp_path, "train", 1, labelled=False)
     assert np.array_equal(read_image(path, 1, pixel_range=(0, 4095)), np.rint(twelve * (255 / 4095)))
-    assert len(build_images("image_folder", tmp_path, "train", 1, labelled=False, pixel_range=(0, 4095)))
+    options = shards.DEFAULTS._replace(pixel_range=(0, 4095))
+    assert len(build_images("image_folder", tmp_path, "train", 1, labelled=False, options=options))
     assert not np.any(read_image(save(tmp_path, Image.fromarray(twelve * 0), f"black.{extension}"), 1))
 
 
@@ -275,7 +277,7 @@ def test_class_folders_are_numbered_in_order_and_may_be_nested(tmp_path):
 def test_class_folders_take_the_numbers_of_known_classes(labelled_folder):
     found = ClassFolders(labelled_folder / "val", 3, ["aphid", "ant", "bee", "cat"])
     assert len(found.class_names) == 4 and np.bincount(found.targets).tolist() == [0, 3, 2, 2]
-    with pytest.raises(UserError, match=r"class folder bee \(1 such\) is not among the 2 classes .*: ant, cat"):
+    with pytest.raises(UserError, match=r"class bee \(1 such\) is not among the 2 classes .*: ant, cat"):
         ClassFolders(labelled_folder / "val", 3, ["ant", "cat"])
 
 

@@ -283,7 +283,7 @@ def test_finetune_finds_nothing_under_a_key_or_prefix(tune, tuned):
 
 def test_a_class_of_val_that_train_lacks(tune, other):
     shutil.copytree(other / "val" / "ant", other / "val" / "dog")
-    assert_one_clear_line(tune("--data_path", other), other / "val", "class folder dog", "3 classes", "ant, bee, cat")
+    assert_one_clear_line(tune("--data_path", other), other / "val", "class dog", "3 classes", "ant, bee, cat")
 
 
 def test_train_without_class_folders(tune, other):
