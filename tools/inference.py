@@ -54,10 +54,10 @@ class FileDataset(datasets.EvalDataset):
     """As `EvalDataset`, without classes: an unreadable file is (None, None, None, [(index, error)])."""
 
     def __getitem__(self, index):
-        image, error = try_open(self.images, index, self.read)
+        image, error = try_open(self.images, index, self.transform)
         if error is not None:
             return None, None, None, [(index, error.removeprefix(self.images.name(index)).strip(" ()"))]
-        return self.resize(image), 0, index, []
+        return image, 0, index, []
 
 
 class Inference(NamedTuple):
@@ -73,7 +73,8 @@ class Inference(NamedTuple):
     def build_dataset(self, flag, paths):
         in_chans = self.model.config["in_chans"]
         images = ImageFiles(flag, paths, in_chans)
-        transform = datasets.build_eval_transform(self.input_size, in_chans, find_seen(self.checkpoint).crop_pct)
+        seen = find_seen(self.checkpoint)
+        transform = datasets.build_eval_transform(self.input_size, in_chans, seen.crop_pct, seen.pixel_range)
         return FileDataset(images, transform)
 
     def compute(self, function, dataset, indices):
