@@ -89,10 +89,10 @@ def number_classes(source, found, class_names):
 
 
 class ImageArrays:
-    """Labelled images in memory: arrays (n, H, W) or (n, H, W, C) uint8; a name and a class for each."""
+    """Labelled images in memory: arrays (n, H, W) or (n, H, W, C) of a source that errors name; a class for each."""
 
-    def __init__(self, arrays, names, targets, class_names, in_chans):
-        self.arrays, self.names, self.in_chans = arrays, names, in_chans
+    def __init__(self, arrays, source, targets, class_names, in_chans):
+        self.arrays, self.source, self.in_chans = arrays, source, in_chans
         self.targets, self.class_names = np.asarray(targets), list(class_names)
         self.digest = f"{len(arrays)} {hash_arrays(arrays[:1], arrays[-1:], self.targets)} {self.class_names}"
 
@@ -100,7 +100,7 @@ class ImageArrays:
         return len(self.arrays)
 
     def name(self, index):
-        return self.names[index]
+        return f"{self.source}, image {index}"
 
     def open(self, index):
         return open_array(self.arrays[index], self.in_chans)
@@ -111,14 +111,12 @@ class ArrayFile(ImageArrays):
 
     def __init__(self, source, in_chans, class_names=None):
         arrays, labels = shards.read_arrays(source)
-        self.source, self.is_labelled = source, labels is not None
+        self.is_labelled = labels is not None
         numbers, targets = np.unique(labels if self.is_labelled else np.zeros(len(arrays), int), return_inverse=True)
         found = list(map(str, numbers))
         class_names = found if class_names is None else class_names
-        super().__init__(arrays, None, number_classes(source, found, class_names)[targets], class_names, in_chans)
-
-    def name(self, index):
-        return f"{self.source}, image {index}"
+        targets = number_classes(source, found, class_names)[targets]
+        super().__init__(arrays, source, targets, class_names, in_chans)
 
 
 class Digits(ImageArrays):
@@ -132,8 +130,11 @@ class Digits(ImageArrays):
         held_out = len(order) // 5
         numbers = np.sort(order[held_out:] if train else order[:held_out])
         arrays = np.rint(digits.images[numbers] * (255 / 16)).astype(np.uint8)
-        names = [f"digit {number}" for number in numbers]
-        super().__init__(arrays, names, digits.target[numbers], map(str, digits.target_names), in_chans)
+        self.numbers = numbers
+        super().__init__(arrays, "DIGITS", digits.target[numbers], map(str, digits.target_names), in_chans)
+
+    def name(self, index):
+        return f"digit {self.numbers[index]}"
 
 
 class Cifar(ImageArrays):
@@ -147,8 +148,7 @@ class Cifar(ImageArrays):
         except Exception as error:  # of the network, the disk or the archive
             problem = f"CIFAR{num_classes} is not there and cannot be downloaded: {error}"
             raise UserError(f"--data_path {folder}: {problem}") from None
-        names = [f"{folder}, image {index}" for index in range(len(data))]
-        super().__init__(data.data, names, data.targets, data.classes, in_chans)
+        super().__init__(data.data, folder, data.targets, data.classes, in_chans)
 
 
 class Subset:
@@ -202,8 +202,8 @@ def build_images(
 ):  # fmt: skip
     """The image set that --data_set names. Another one is added here and to the choices of the flag.
 
-    split: "train", "val", or "" if path has no such parts. flag: where path comes from. Raises UserError
-    if none of the first 100 images can be read.
+    split: "train", "val", or "" if path has no such parts. flag: where path comes from. Raises UserError if none of the
+    first 100 images can be read.
     """
     if data_set == "DIGITS":
         return Digits(split == "train", in_chans)

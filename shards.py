@@ -414,7 +414,7 @@ def find_shared_folder(results):
 def walk_tar(descriptor, start, end):
     """Yield (name, offset, size, what it is if it is not a regular file or None) of a tar file's members.
 
-    ustar, GNU (long names, sizes in base 256) and pax; five times as fast as `tarfile`. Raises ValueError
+    ustar, GNU (long names, sizes in base 256) and pax; four times as fast as `tarfile`. Raises ValueError
     where the file is damaged or cut short.
     """
     position, pax = start, {}

@@ -339,7 +339,7 @@ def test_images_that_cannot_be_used_are_refused(tmp_path):
 
 def test_digits_hold_out_a_fixed_fifth_with_all_classes():
     train, val = Digits(True, 1), Digits(False, 1)
-    numbers = [int(name.split()[1]) for name in (*train.names, *val.names)]
+    numbers = [int(found.name(i).split()[1]) for found in (train, val) for i in range(len(found))]
     assert len(val) == 1797 // 5 and sorted(numbers) == list(range(1797))
     assert train.class_names == val.class_names == list("0123456789") and set(val.targets) == set(range(10))
     assert np.array_equal(load_digits().target[numbers], [*train.targets, *val.targets])

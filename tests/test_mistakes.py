@@ -220,6 +220,7 @@ def other(labelled_folder, tmp_path):
         ("--opt adahessian", ["--opt adahessian", "second derivatives", "adamw"]),
         ("--layer_decay_type pairs", ["pairs", "single", "group"]),
         ("--model_ema_eval true", ["--model_ema_eval true", "--model_ema true"]),
+        ("--eval true --disable_eval true", ["--eval true and --disable_eval true: nothing to do"]),
         ("--model_ema_decay 1.5", ["--model_ema_decay 1.5", "from 0 to 1"]),
         ("--mixup 0.8 --batch_size 5", ["--batch_size 5", "even for mixup"]),
         ("--cutmix 1 --batch_size 5", ["--batch_size 5", "even for mixup and cutmix"]),
