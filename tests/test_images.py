@@ -165,6 +165,16 @@ def test_arrays_of_any_number_of_channels(tmp_path, in_chans):
         read_image(tmp_path / "a.npy", 6)
 
 
+def test_gray_and_rgb_arrays_are_converted_as_image_files_are(tmp_path):
+    for array, in_chans, expected in (
+        (RGB, 1, np.asarray(Image.fromarray(RGB).convert("L"))),
+        (GRAY, 3, np.stack([GRAY] * 3, axis=-1)),
+        (GRAY.astype(np.uint16) * 256 + 17, 1, GRAY),
+    ):
+        np.save(tmp_path / "a.npy", array)
+        assert np.array_equal(read_image(tmp_path / "a.npy", in_chans), expected)
+
+
 def test_image_files_have_no_other_number_of_channels(tmp_path):
     path = save(tmp_path, Image.fromarray(RGB), "a.png")
     with pytest.raises(ValueError, match="only .npy arrays have others"):
