@@ -393,6 +393,7 @@ SCHEMA = {
     "step": (is_count, "a whole number, at least 0"),
     "num_images": (is_count, "a whole number, at least 0"),
     "effective_batch_size": (is_count, "a whole number, at least 0"),
+    "sample_order": (is_count, "a whole number, at least 0"),
     "lr": (lambda value: is_number(value) and 0 <= value < math.inf, "a number, at least 0"),
     "config": (is_config, "a dict of the network's options"),
     "optimizer": (lambda value: isinstance(value, dict), "a dict"),
@@ -526,11 +527,12 @@ def check_resumable(run, checkpoint, path):
         raise UserError(f"{path}: {compare_classes(checkpoint['class_names'], run.class_names)}")
     if checkpoint["step"] > run.steps_per_epoch:
         raise UserError(f"{path}: cannot resume: step is {checkpoint['step']} of {run.steps_per_epoch} an epoch")
-    for name, value in run.state_dict().items():
-        if name in ("effective_batch_size", "num_images") and checkpoint["step"] and checkpoint[name] != value:
+    saved, current = {"sample_order": 1} | checkpoint, run.state_dict()  # older ones have no number of their order
+    for name in ("effective_batch_size", "num_images", "sample_order") if checkpoint["step"] else ():
+        if saved[name] != current[name]:
             raise UserError(
-                f"{path}: cannot resume within an epoch: saved with {name.replace('_', ' ')} {checkpoint[name]}, "
-                f"not {value}; use the same"
+                f"{path}: cannot resume within an epoch: saved with {name.replace('_', ' ')} {saved[name]}, "
+                f"not {current[name]}; use the same, or a checkpoint of an epoch's end"
             )
 
 

@@ -44,23 +44,9 @@ def add_loader_args(parser):
     add("--pin_mem", action=Switch, default=True, help="page-locked batches, which copy to a GPU faster")
     neighbors = f"blocks: {BLOCK} neighbors each, shuffled among {WINDOW}, for archives on slow disks"
     add("--shuffle", default="full", choices=("full", "blocks"), help=f"order of an epoch; {neighbors}")
-    stalled = (
-        "seconds without a batch after which loader workers count as stalled, and what they read is named; 0: never"
-    )
-    add("--data_timeout", default=900, type=at_least(0), help=stalled)
+    stalled = "seconds without a batch after which loader workers count as stalled, and what they read is named;"
+    add("--data_timeout", default=900, type=at_least(0), help=f"{stalled} 0: never")
     add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
-
-
-def add_pixel_range_arg(add):
-    meaning = "values of gray 16-bit and float images that become black and white; None: the upper byte of 16 bits, the"
-    number = flags.number(float, math.isfinite, "a number")
-    add("--pixel_range", nargs=2, type=number, metavar=("LOW", "HIGH"), help=f"{meaning} own range of each float image")
-
-
-def check_pixel_range(args):
-    """Raise UserError unless the two numbers of --pixel_range rise."""
-    if args.pixel_range and args.pixel_range[0] >= args.pixel_range[1]:
-        raise UserError(f"--pixel_range {args.pixel_range[0]:g} {args.pixel_range[1]:g}: give the smaller first")
 
 
 def add_unlabelled_args(parser):
@@ -69,10 +55,17 @@ def add_unlabelled_args(parser):
     add("--data_set", default="image_folder", choices=("image_folder", "DIGITS"), help="DIGITS comes with scikit-learn")
     add("--data_path", metavar="FOLDER", help="images, nested or flat; its train/ if it has one")
     add("--scale", default=(0.2, 1.0), type=float, nargs=2, help="range of the crop's area, as a fraction of the image")
-    add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
-    add_pixel_range_arg(add)
     crops = "crops per decoded image, each with its own mask; must divide --batch_size"
     add("--repeated_sampling", default=1, type=at_least(1), help=crops)
+    add_image_args(add)
+
+
+def add_image_args(add):
+    """The flags of images for any training."""
+    add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
+    meaning = "values of gray 16-bit and float images that become black and white; None: the upper byte of 16 bits, the"
+    number = flags.number(float, math.isfinite, "a number")
+    add("--pixel_range", nargs=2, type=number, metavar=("LOW", "HIGH"), help=f"{meaning} own range of each float image")
     add_source_args(add)
 
 
@@ -86,26 +79,27 @@ def add_source_args(add):
     add("--index_dir", metavar="FOLDER", help=kept)
 
 
-def check_source(args):
-    """Raise UserError for a path beside a data set that needs none."""
+def check_image_args(args, accepted, needs_path=True):
+    """Raise UserError for flags of `add_image_args` that do not fit, or a data set without the path that it needs."""
+    if args.pixel_range and args.pixel_range[0] >= args.pixel_range[1]:
+        raise UserError(f"--pixel_range {args.pixel_range[0]:g} {args.pixel_range[1]:g}: give the smaller first")
+    if args.data_set in ("DIGITS", "CIFAR", "CIFAR10"):
+        check_color_mode(args.in_chans, args.data_set)
     for name in ("data_path", "eval_data_path"):
         if args.data_set == "DIGITS" and getattr(args, name, None):
             raise UserError(f"--{name} {getattr(args, name)}: --data_set DIGITS needs none; leave one of them out")
+    if args.data_set != "DIGITS" and not args.data_path and needs_path:
+        raise UserError(f"--data_path: give {accepted}, or --data_set DIGITS")
 
 
 def check_unlabelled_args(args):
     """Raise UserError for flags of `add_unlabelled_args` that do not fit each other or other flags."""
-    check_source(args)
-    check_pixel_range(args)
+    check_image_args(args, "a folder of images")
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: must be above 0, at most 1, the smaller first")
     if args.batch_size % args.repeated_sampling:
         problem = f"must divide --batch_size {args.batch_size}, because all crops of an image are in one batch"
         raise UserError(f"--repeated_sampling {args.repeated_sampling}: {problem}")
-    if args.data_set == "DIGITS":
-        check_color_mode(args.in_chans, args.data_set)
-    elif not args.data_path:
-        raise UserError("--data_path: give a folder of images, or --data_set DIGITS")
 
 
 def add_labelled_args(parser):
@@ -125,14 +119,12 @@ def add_labelled_args(parser):
     center = "size of the center crop that is evaluated, as a fraction of the resized image; None: 0.875, and no crop"
     center += " for images of at most 32 or at least 384 pixels"
     add("--crop_pct", type=flags.fraction_above_0, help=center)
-    add_pixel_range_arg(add)
-    add_source_args(add)
+    add_image_args(add)
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", type=fraction, help="strength, only with --aa none; None: no jitter")
     policy = "rand-m9-mstd0.5-inc1"
     add("--aa", default=policy, type=flags.str_or_none, help="timm's name of an AutoAugment policy, or none")
-    add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     modes = ("bicubic", "bilinear", "random")
     add("--train_interpolation", default="bicubic", choices=modes, help="of resized crops; random: one of the two")
 
@@ -147,18 +139,12 @@ def add_labelled_args(parser):
 
 def check_labelled_args(args):
     """Raise UserError for flags of `add_labelled_args` that do not fit each other or other flags."""
-    check_pixel_range(args)
+    check_image_args(args, "a folder of class folders", needs_path=not (args.eval and args.eval_data_path))
     if args.eval_size is not None:
         flags.check_image_size("eval_size", args.eval_size, least=8 * args.stem_stride)
-    if args.data_set in ("DIGITS", "CIFAR", "CIFAR10"):
-        check_color_mode(args.in_chans, args.data_set)
-    check_source(args)
-    if args.data_set != "DIGITS" and not args.data_path and not (args.eval and args.eval_data_path):
-        raise UserError("--data_path: give a folder of class folders, or --data_set DIGITS")
     if args.val_fraction and args.eval_data_path:
-        raise UserError(
-            f"--val_fraction {args.val_fraction}: not with --eval_data_path, which has the images to evaluate"
-        )
+        beside = "not with --eval_data_path, which has the images to evaluate"
+        raise UserError(f"--val_fraction {args.val_fraction}: {beside}")
     if args.eval:
         return
     if args.in_chans not in (1, 3) and (args.aa or args.color_jitter):
@@ -181,23 +167,19 @@ def on_all_ranks(build):
     for rank, others in enumerate(facts):
         for (count, digest), (other_count, other_digest) in zip(facts[0], others, strict=True):
             if digest != other_digest:
-                different = f"{other_count} instead of {count}" if count != other_count else f"{count}, of other names"
-                raise UserError(
-                    f"rank {rank} has other images or classes than rank 0: {different} images; give all the same"
-                )
+                images = f"{other_count} instead of {count}" if count != other_count else f"{count}, of other names"
+                problem = f"has other images or classes than rank 0: {images} images"
+                raise UserError(f"rank {rank} {problem}; give all the same")
     return sets
 
 
 def build_pretrain_dataset(args):
     """The `PretrainDataset` of the flags, on all ranks. Raises UserError as `build_images` does."""
     source = args.data_set, args.data_path, "train", args.in_chans, False
-    options = dict(options=source_options(args), pixel_range=args.pixel_range)
-    (images,) = on_all_ranks(lambda: [build_images(*source, **options)])
+    (images,) = on_all_ranks(lambda: [build_images(*source, options=source_options(args))])
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
-    options = dict(scale=args.scale, hflip=args.hflip, pixel_range=args.pixel_range)
-    return PretrainDataset(
-        images, args.input_size, height * width, args.seed, **options, max_bad_images=args.max_bad_images
-    )
+    options = args.scale, args.hflip, args.pixel_range, args.max_bad_images
+    return PretrainDataset(images, args.input_size, height * width, args.seed, *options)
 
 
 def build_dataset(is_train, args, class_names=None):
@@ -205,7 +187,7 @@ def build_dataset(is_train, args, class_names=None):
     (images,) = on_all_ranks(lambda: [build_labelled_images(is_train, args, class_names)])
     transform = build_transform(is_train, args)
     if not is_train:
-        return EvalDataset(images, transform)
+        return EvalDataset(images, transform, args.max_bad_images)
     return TrainDataset(images, transform, args.seed, args.max_bad_images)
 
 
@@ -215,8 +197,8 @@ def build_labelled_images(is_train, args, class_names=None):
     if not is_train and args.eval_data_path:
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
     whole = args.val_fraction and args.data_set == "IMNET"  # which need not have a train/
-    options = dict(class_names=class_names, flag=flag, options=source_options(args), pixel_range=args.pixel_range)
-    images = build_images("image_folder" if whole else args.data_set, path, split, args.in_chans, **options)
+    data_set, options = "image_folder" if whole else args.data_set, source_options(args)
+    images = build_images(data_set, path, split, args.in_chans, True, class_names, flag, options)
     if args.val_fraction:
         images = split_validation(images, args.val_fraction, args.seed)[0 if is_train else 1]
         if not len(images):
@@ -240,9 +222,8 @@ def build_labelled_sets(args, class_names=None):
         train = build_dataset(True, args)
         class_names = train.images.class_names
         if len(class_names) == 1:
-            raise UserError(
-                f"--data_path {args.data_path}: has one class only, {class_names[0]}: nothing to tell apart"
-            )
+            problem = f"has one class only, {class_names[0]}: nothing to tell apart"
+            raise UserError(f"--data_path {args.data_path}: {problem}")
     if not args.disable_eval:
         evaluation = build_dataset(False, args, class_names)
         class_names = class_names or evaluation.images.class_names
@@ -257,18 +238,19 @@ def build_labelled_sets(args, class_names=None):
 
 def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     """Two `EvalDataset`s, to fit a probe and to test it, on all ranks. Raises UserError as `build_images` does."""
-    data_set, pixel_range = "DIGITS" if data_path == "DIGITS" else "IMNET", getattr(args, "pixel_range", None)
+    data_set, options = "DIGITS" if data_path == "DIGITS" else "IMNET", source_options(args)
 
     def build():
-        common = dict(flag=flag, options=source_options(args), pixel_range=pixel_range)
-        train = build_images(data_set, data_path, "train", args.in_chans, **common)
-        val = build_images(data_set, data_path, "val", args.in_chans, class_names=train.class_names, **common)
+        train = build_images(data_set, data_path, "train", args.in_chans, True, None, flag, options)
+        val = build_images(data_set, data_path, "val", args.in_chans, True, train.class_names, flag, options)
         return first_of_each_class(train, images_per_class) if images_per_class else train, val
 
-    transform = build_eval_transform(args.input_size, args.in_chans, pixel_range=pixel_range)
-    return [EvalDataset(images, transform) for images in on_all_ranks(build)]
+    transform = build_eval_transform(args.input_size, args.in_chans, pixel_range=options.pixel_range)
+    most = getattr(args, "max_bad_images", math.inf)  # which a tool may lack
+    return [EvalDataset(images, transform, most) for images in on_all_ranks(build)]
 
 
+ORDERS = {"full": 2, "blocks": 3}  # kept in checkpoints: another law of the order needs another number; 1 was NumPy's
 BLOCK, WINDOW = 64, 256  # of --shuffle blocks: neighboring samples, and blocks that are shuffled among each other
 
 
@@ -286,7 +268,8 @@ class EpochSampler(torch.utils.data.Sampler):
     ):  # fmt: skip
         self.num_samples, self.batch_size, self.update_freq, self.seed = num_samples, batch_size, update_freq, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
-        self.shuffle, self.prefetch = shuffle, prefetch if shuffle == "blocks" else None
+        self.shuffle, self.order = shuffle, ORDERS[shuffle]
+        self.prefetch = prefetch if shuffle == "blocks" else None
         self.steps_per_epoch = num_samples // (batch_size * update_freq * world_size)
         self.set_position(0, 0)
 
@@ -470,8 +453,8 @@ class TrainDataset(torch.utils.data.Dataset):
 class EvalDataset(torch.utils.data.Dataset):
     """dataset[index] is (image (C, H, W) uint8, class, index, []), or (None, None, None, [name of unreadable file])."""
 
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
+    def __init__(self, images, transform, max_bad_images=math.inf):
+        self.images, self.transform, self.max_bad_images = images, transform, max_bad_images
 
     def __len__(self):
         return len(self.images)
@@ -599,12 +582,11 @@ class Collated(torch.utils.data.Dataset):
 
 
 def build_loader(dataset, batch_sampler, args, device):
-    """The `Loader` of a data set by the flags of `add_loader_args`, of which tools may lack the last two."""
+    """The `Loader` of a data set by the flags of `add_loader_args`, of which tools may lack --data_timeout."""
     workers = min(args.num_workers, len(os.sched_getaffinity(0)))
     opening = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
     return Loader(
         dataset,
-        getattr(args, "max_bad_images", math.inf),
         opening,
         batch_sampler=batch_sampler,
         collate_fn=return_it,
@@ -620,13 +602,13 @@ def build_loader(dataset, batch_sampler, args, device):
 class Loader(torch.utils.data.DataLoader):
     """Batches of a data set. opening: (workers,) int64, shared: the image that each worker has opened last.
 
-    Raises UserError for more than max_bad_images unreadable ones of an evaluation, and what the data set raises;
-    TrainingError if no batch comes within --data_timeout seconds.
+    Raises UserError for more than the data set's max_bad_images unreadable ones of an evaluation, and what the data set
+    raises; TrainingError if no batch comes within --data_timeout seconds.
     """
 
-    def __init__(self, dataset, max_bad_images, opening, **options):
-        self.images, self.evaluates = dataset.images, isinstance(dataset, EvalDataset)
-        self.max_bad_images, self.opening = max_bad_images, opening
+    def __init__(self, dataset, opening, **options):
+        self.images, self.opening = dataset.images, opening
+        self.max_bad_images = dataset.max_bad_images if isinstance(dataset, EvalDataset) else math.inf
         super().__init__(Collated(dataset), **options)
 
     def __iter__(self):
@@ -644,7 +626,7 @@ class Loader(torch.utils.data.DataLoader):
                 return
             if isinstance(batch, UserError):
                 raise UserError(str(batch))  # itself it would hold this frame, which holds it, and with it the workers
-            unreadable += batch.unreadable if self.evaluates else []
+            unreadable += batch.unreadable
             if len(unreadable) > self.max_bad_images:
                 problem = f"{len(unreadable)} images could not be read, --max_bad_images is {self.max_bad_images}"
                 raise UserError(f"{problem}; the first: {unreadable[0]}")

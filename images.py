@@ -20,32 +20,18 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import shards
 import utils
+from index import open_index
+from shards import find_formats, in_one_line
 from utils import UserError
 
 COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
-UNSUPPORTED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS"}  # Pillow has no decoder; for EPS it starts Ghostscript
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, RGB
 INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-@functools.cache
-def find_formats():
-    """The names of the formats that Pillow decodes within this process, in the order in which it tries them."""
-    Image.preinit()  # the usual ones first
-    Image.init()
-    return [name for name in Image.ID if name not in UNSUPPORTED_FORMATS]
-
-
-@functools.cache
-def image_extensions():
-    """The suffixes of files that hold an image, in lower case."""
-    readable, names = find_formats(), Image.registered_extensions()
-    return frozenset(extension for extension, name in names.items() if name in readable) | {".npy"}
-
-
 def find_images(folder):
     """Paths of the images below a folder, nested or flat, by folder and name. Hidden files and folders do not count."""
-    index = shards.open_index(shards.Source("folder", str(folder)), image_extensions())
+    index = open_index(shards.Source("folder", str(folder)))
     return [index.name(number) for number in range(len(index))]
 
 
@@ -54,7 +40,7 @@ class ImageFolder:
 
     def __init__(self, source, in_chans, options=shards.DEFAULTS):
         self.source = source if isinstance(source, shards.Source) else shards.Source("folder", str(source))
-        self.index, self.in_chans = shards.open_index(self.source, image_extensions(), options), in_chans
+        self.index, self.in_chans = open_index(self.source, options), in_chans
         self.digest = self.index.digest
 
     def __len__(self):
@@ -87,22 +73,26 @@ class ClassFolders(ImageFolder):
         for names in index.meta["same"]:
             raise UserError(f"{self.source}: the classes {' and '.join(names)} are one folder; keep one of them")
         self.class_names = list(index.class_names if class_names is None else class_names)
-        numbers = {name: number for number, name in enumerate(self.class_names)}
-        unknown = sorted(set(index.class_names) - set(numbers))
-        if unknown:
-            known = ", ".join(self.class_names[:4]) + (", ..." if len(numbers) > 4 else "")
-            problem = f"is not among the {len(numbers)} classes of the model: {known}"
-            raise UserError(f"{self.source}: class folder {unknown[0]} ({len(unknown)} such) {problem}")
         self.targets = index.target
         if self.class_names != index.class_names:
-            self.targets = np.array([numbers[name] for name in index.class_names], dtype=np.int32)[index.target]
+            self.targets = number_classes(self.source, index.class_names, self.class_names)[index.target]
+
+
+def number_classes(source, found, class_names):
+    """(n,) int32, the number of each class that was found among class_names. Raises UserError for others."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    unknown = sorted(set(found) - set(numbers))
+    if unknown:
+        problem = f"is not among the {len(numbers)} classes of the model: {shards.shorten(class_names)}"
+        raise UserError(f"{source}: class {unknown[0]} ({len(unknown)} such) {problem}")
+    return np.array([numbers[name] for name in found], dtype=np.int32)
 
 
 class ImageArrays:
-    """Labelled images in memory: arrays (n, H, W) or (n, H, W, C) uint8; a name and a class for each."""
+    """Labelled images in memory: arrays (n, H, W) or (n, H, W, C) of a source that errors name; a class for each."""
 
-    def __init__(self, arrays, names, targets, class_names, in_chans):
-        self.arrays, self.names, self.in_chans = arrays, names, in_chans
+    def __init__(self, arrays, source, targets, class_names, in_chans):
+        self.arrays, self.source, self.in_chans = arrays, source, in_chans
         self.targets, self.class_names = np.asarray(targets), list(class_names)
         self.digest = f"{len(arrays)} {hash_arrays(arrays[:1], arrays[-1:], self.targets)} {self.class_names}"
 
@@ -110,7 +100,7 @@ class ImageArrays:
         return len(self.arrays)
 
     def name(self, index):
-        return self.names[index]
+        return f"{self.source}, image {index}"
 
     def open(self, index):
         return open_array(self.arrays[index], self.in_chans)
@@ -121,18 +111,12 @@ class ArrayFile(ImageArrays):
 
     def __init__(self, source, in_chans, class_names=None):
         arrays, labels = shards.read_arrays(source)
-        self.source, self.is_labelled = source, labels is not None
-        labels = np.zeros(len(arrays), dtype=np.int64) if labels is None else labels
-        numbers, targets = np.unique(labels, return_inverse=True)
-        names = list(map(str, numbers)) if class_names is None else list(class_names)
-        unknown = [str(number) for number in numbers if str(number) not in names]
-        if unknown:
-            raise UserError(f"{source}: class {unknown[0]} is not among the {len(names)} classes of the model")
-        numbers = np.array([names.index(str(number)) for number in numbers], dtype=np.int64)
-        super().__init__(arrays, None, numbers[targets], names, in_chans)
-
-    def name(self, index):
-        return f"{self.source}, image {index}"
+        self.is_labelled = labels is not None
+        numbers, targets = np.unique(labels if self.is_labelled else np.zeros(len(arrays), int), return_inverse=True)
+        found = list(map(str, numbers))
+        class_names = found if class_names is None else class_names
+        targets = number_classes(source, found, class_names)[targets]
+        super().__init__(arrays, source, targets, class_names, in_chans)
 
 
 class Digits(ImageArrays):
@@ -146,8 +130,11 @@ class Digits(ImageArrays):
         held_out = len(order) // 5
         numbers = np.sort(order[held_out:] if train else order[:held_out])
         arrays = np.rint(digits.images[numbers] * (255 / 16)).astype(np.uint8)
-        names = [f"digit {number}" for number in numbers]
-        super().__init__(arrays, names, digits.target[numbers], map(str, digits.target_names), in_chans)
+        self.numbers = numbers
+        super().__init__(arrays, "DIGITS", digits.target[numbers], map(str, digits.target_names), in_chans)
+
+    def name(self, index):
+        return f"digit {self.numbers[index]}"
 
 
 class Cifar(ImageArrays):
@@ -161,8 +148,7 @@ class Cifar(ImageArrays):
         except Exception as error:  # of the network, the disk or the archive
             problem = f"CIFAR{num_classes} is not there and cannot be downloaded: {error}"
             raise UserError(f"--data_path {folder}: {problem}") from None
-        names = [f"{folder}, image {index}" for index in range(len(data))]
-        super().__init__(data.data, names, data.targets, data.classes, in_chans)
+        super().__init__(data.data, folder, data.targets, data.classes, in_chans)
 
 
 class Subset:
@@ -212,13 +198,12 @@ def hash_arrays(*arrays):
 
 
 def build_images(
-    data_set, path, split, in_chans, labelled=True, class_names=None, flag="--data_path", options=shards.DEFAULTS,
-    pixel_range=None,
+    data_set, path, split, in_chans, labelled=True, class_names=None, flag="--data_path", options=shards.DEFAULTS
 ):  # fmt: skip
     """The image set that --data_set names. Another one is added here and to the choices of the flag.
 
-    split: "train", "val", or "" if path has no such parts. flag: where path comes from. pixel_range: see `decode`.
-    Raises UserError if none of the first 100 images can be read.
+    split: "train", "val", or "" if path has no such parts. flag: where path comes from. Raises UserError if none of the
+    first 100 images can be read.
     """
     if data_set == "DIGITS":
         return Digits(split == "train", in_chans)
@@ -250,7 +235,7 @@ def build_images(
         raise UserError(f"{flag} {source}: no image there; give {accepted}: files that Pillow reads, or .npy")
     errors = []
     for index in range(min(len(images), 100)):
-        _, error = try_open(images, index, lambda image: decode(image, in_chans, pixel_range=pixel_range))
+        _, error = try_open(images, index, lambda image: decode(image, in_chans, pixel_range=options.pixel_range))
         if error is None:
             return images
         errors.append(error)
@@ -266,17 +251,11 @@ def check_color_mode(in_chans, data_set):
 def open_image(file, in_chans, name=None):
     """The image in a file, given by its path, or open with its name.
 
-    A context manager of an undecoded Pillow image or, from .npy of other than 1 or 3 channels, of uint8 (C, H, W).
-
-    Raises what Pillow raises for an unknown file, and ValueError for an array or a number of channels that do not fit.
+    A context manager of an undecoded Pillow image or, from .npy, of what `open_array` returns. Raises what Pillow
+    raises for an unknown file, and ValueError for an array or a number of channels that do not fit.
     """
     if str(name or file).lower().endswith(".npy"):
-        array = np.load(file)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != in_chans:
-            raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
-        if in_chans in (1, 3):
-            return Image.fromarray(array[:, :, 0] if in_chans == 1 else array)
-        return contextlib.nullcontext(torch.from_numpy(array).permute(2, 0, 1))
+        return open_array(np.load(file), in_chans)
     if in_chans not in COLOR_MODES:
         raise ValueError(f"image files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays have others")
     try:
@@ -286,14 +265,17 @@ def open_image(file, in_chans, name=None):
 
 
 def open_array(array, in_chans):
-    """As `open_image`, of an array (H, W), or (H, W, C); 16-bit and float only if gray, which `decode` scales."""
-    array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
-    if array.ndim == 3 and array.shape[2] not in COLOR_MODES:
-        if array.dtype != np.uint8 or array.shape[2] != in_chans:
-            raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
-        return contextlib.nullcontext(torch.from_numpy(np.array(array)).permute(2, 0, 1))
-    image = Image.fromarray(array)
-    return image.convert(COLOR_MODES[in_chans]) if array.dtype == np.uint8 else image
+    """As `open_image`, of an array: gray (H, W) or (H, W, 1), of any dtype, as `decode` scales it; colors
+    (H, W, C) uint8, converted to other channels if they are RGB or RGBA; else uint8 (C, H, W)."""
+    is_gray = array.ndim == 2 or array.shape[2:] == (1,)
+    channels = 1 if is_gray else array.shape[-1]
+    is_picture = is_gray or array.ndim == 3 and array.dtype == np.uint8 and channels in (3, 4)
+    if in_chans in COLOR_MODES and is_picture and not in_chans == channels == 4:  # four bands need not be RGBA
+        image = Image.fromarray(array.reshape(array.shape[:2]) if is_gray else array)
+        return image.convert(COLOR_MODES[in_chans]) if array.dtype == np.uint8 else image
+    if array.dtype != np.uint8 or array.ndim != 3 or channels != in_chans:
+        raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
+    return contextlib.nullcontext(torch.from_numpy(np.array(array)).permute(2, 0, 1))
 
 
 def try_open(images, index, read):
@@ -303,11 +285,6 @@ def try_open(images, index, read):
             return read(image), None
     except Exception as error:  # Pillow's plugins raise nearly everything
         return None, in_one_line(f"{images.name(index)} ({type(error).__name__}: {error})")
-
-
-def in_one_line(text):
-    """The text with its control characters as escapes, such as \\n: a file's name may hold any."""
-    return "".join(repr(char)[1:-1] if char < " " or char == "\x7f" else char for char in text)
 
 
 def decode(image, in_chans, shrink=1, pixel_range=None):

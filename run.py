@@ -247,6 +247,7 @@ class Run:
             "class_names": self.class_names,
             "num_images": len(self.images),
             "effective_batch_size": effective_batch_size(self.args),
+            "sample_order": getattr(self.sampler, "order", None),  # None: evaluation
             "hooks": getattr(self.hooks, "state_dict", dict)(),
         }
 

@@ -3,7 +3,7 @@
     python -m benchmarks.listing                    # 1,000,000 files of 632 bytes in 1,000 class folders: about 6 GB
     python -m benchmarks.listing --count 100000
 
-Each figure is of a process of its own. "start" is `shards.open_index` with an index that is kept; memory is what that
+Each figure is of a process of its own. "start" is `index.open_index` with an index that is kept; memory is what that
 process adds to its anonymous memory (what is mapped from a file is shared and can be dropped). The folders are in the
 system's cache; the 14 million entries are the real ones repeated.
 """
@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+import index
 import shards
 from datasets import EpochSampler
-from images import ImageFolder, image_extensions
+from images import ImageFolder
 
 CLASSES = 1000
 
@@ -76,23 +77,23 @@ def measure(work, *args):
 
 def start(path, keep=False):
     source = shards.find_source(path, "", False)
-    return len(shards.open_index(source, image_extensions(), keep=keep))
+    return len(index.open_index(source, keep=keep))
 
 
 def repeat_index(path, count):
     """Keep, as that of the path, an index of its entries repeated until there are `count`."""
     source = shards.find_source(path, "", False)
-    index = shards.open_index(source, image_extensions())
-    times, n, parts = -(-count // len(index)), len(index), len(index.parts)
+    listed = index.open_index(source)
+    times, n, parts = -(-count // len(listed)), len(listed), len(listed.parts)
     copies = np.repeat(np.arange(times), n)
-    columns = {name: np.tile(column, times) for name, column in index.columns.items()}
+    columns = {name: np.tile(column, times) for name, column in listed.columns.items()}
     columns["part"] = (columns["part"] + copies * parts).astype(np.uint32)
-    columns["name_end"] = columns["name_end"] + copies.astype(np.uint64) * index.name_end[-1]
-    meta = index.meta | {"parts": index.parts * times}
-    shutil.rmtree(index.folder)
-    index = shards.Index(source, shards.DEFAULTS, meta, columns)
-    shards.keep_index(index, shards.index_places(source, image_extensions(), shards.DEFAULTS))
-    return len(index)
+    columns["name_end"] = columns["name_end"] + copies.astype(np.uint64) * listed.name_end[-1]
+    meta = listed.meta | {"parts": listed.parts * times}
+    shutil.rmtree(listed.folder)
+    repeated = index.Index(source, shards.DEFAULTS, meta, columns)
+    index.keep_index(repeated, index.index_places(source, shards.DEFAULTS))
+    return len(repeated)
 
 
 def take_batches(count, shuffle):
@@ -112,9 +113,9 @@ def count_seeks(count, shuffle):
         cached[start:stop] = True
 
     for batch in EpochSampler(count, 128, 1, 0, shuffle=shuffle, prefetch=read):
-        for _, index, _ in batch:
-            if not cached[index]:
-                read(index, index + 1)
+        for _, number, _ in batch:
+            if not cached[number]:
+                read(number, number + 1)
     return seeks
 
 
@@ -124,8 +125,8 @@ def read_in_workers(path):
     order = np.random.default_rng(0).integers(0, len(images), 20_000)
 
     def work():
-        for index in order:
-            images.index.read(int(index))
+        for number in order:
+            images.index.read(int(number))
         return len(os.listdir("/proc/self/fd"))
 
     return measure(work)

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from torchvision.transforms import v2
 
 import images
+import shards
 from images import ClassFolders, Crop, Digits, ImageFolder, RandomCrop, build_images, find_images
 from utils import UserError
 
@@ -89,7 +90,8 @@ def test_12_bits_in_a_16_bit_file_are_refused_with_the_range_that_shows_them(tmp
     with pytest.raises(UserError, match="none of the first 1 images can be read: .*--pixel_range 0 4095"):
         build_images("image_folder", tmp_path, "train", 1, labelled=False)
     assert np.array_equal(read_image(path, 1, pixel_range=(0, 4095)), np.rint(twelve * (255 / 4095)))
-    assert len(build_images("image_folder", tmp_path, "train", 1, labelled=False, pixel_range=(0, 4095)))
+    options = shards.DEFAULTS._replace(pixel_range=(0, 4095))
+    assert len(build_images("image_folder", tmp_path, "train", 1, labelled=False, options=options))
     assert not np.any(read_image(save(tmp_path, Image.fromarray(twelve * 0), f"black.{extension}"), 1))
 
 
@@ -161,6 +163,16 @@ def test_arrays_of_any_number_of_channels(tmp_path, in_chans):
     assert torch.is_tensor(image) == (in_chans not in (1, 3))  # augmentation takes Pillow images
     with pytest.raises(ValueError, match="must be uint8"):
         read_image(tmp_path / "a.npy", 6)
+
+
+def test_gray_and_rgb_arrays_are_converted_as_image_files_are(tmp_path):
+    for array, in_chans, expected in (
+        (RGB, 1, np.asarray(Image.fromarray(RGB).convert("L"))),
+        (GRAY, 3, np.stack([GRAY] * 3, axis=-1)),
+        (GRAY.astype(np.uint16) * 256 + 17, 1, GRAY),
+    ):
+        np.save(tmp_path / "a.npy", array)
+        assert np.array_equal(read_image(tmp_path / "a.npy", in_chans), expected)
 
 
 def test_image_files_have_no_other_number_of_channels(tmp_path):
@@ -275,7 +287,7 @@ def test_class_folders_are_numbered_in_order_and_may_be_nested(tmp_path):
 def test_class_folders_take_the_numbers_of_known_classes(labelled_folder):
     found = ClassFolders(labelled_folder / "val", 3, ["aphid", "ant", "bee", "cat"])
     assert len(found.class_names) == 4 and np.bincount(found.targets).tolist() == [0, 3, 2, 2]
-    with pytest.raises(UserError, match=r"class folder bee \(1 such\) is not among the 2 classes .*: ant, cat"):
+    with pytest.raises(UserError, match=r"class bee \(1 such\) is not among the 2 classes .*: ant, cat"):
         ClassFolders(labelled_folder / "val", 3, ["ant", "cat"])
 
 
@@ -337,7 +349,7 @@ def test_images_that_cannot_be_used_are_refused(tmp_path):
 
 def test_digits_hold_out_a_fixed_fifth_with_all_classes():
     train, val = Digits(True, 1), Digits(False, 1)
-    numbers = [int(name.split()[1]) for name in (*train.names, *val.names)]
+    numbers = [int(found.name(i).split()[1]) for found in (train, val) for i in range(len(found))]
     assert len(val) == 1797 // 5 and sorted(numbers) == list(range(1797))
     assert train.class_names == val.class_names == list("0123456789") and set(val.targets) == set(range(10))
     assert np.array_equal(load_digits().target[numbers], [*train.targets, *val.targets])

@@ -195,6 +195,18 @@ def test_another_batch_size_within_an_epoch_is_refused(finished, small, pretrain
     assert pretrain(*small, "--batch_size", 2, "--epochs", 1, "--resume", finished / "checkpoint-0.pth").status == 0
 
 
+def test_another_order_of_the_samples_within_an_epoch_is_refused(finished, small, pretrain, tmp_path):
+    for name in ("checkpoint-0-4.pth", "checkpoint-0.pth"):
+        checkpoint = torch.load(finished / name, weights_only=True)
+        del checkpoint["sample_order"]  # as written before the order had a number
+        torch.save(checkpoint, tmp_path / name)
+    result = pretrain(*small, "--resume", tmp_path / "checkpoint-0-4.pth")
+    assert result.status == 2 and "within an epoch: saved with sample order 1, not 2; use" in result.err
+    result = pretrain(*small, "--shuffle", "blocks", "--resume", finished / "checkpoint-0-4.pth")
+    assert result.status == 2 and "saved with sample order 2, not 3" in result.err
+    assert pretrain(*small, "--epochs", 1, "--resume", tmp_path / "checkpoint-0.pth").status == 0
+
+
 def test_other_images_within_an_epoch_are_refused(finished, small, pretrain, tmp_path, image_folder):
     for path in list(image_folder.glob("*/*.png"))[:-1]:
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -220,6 +220,7 @@ def other(labelled_folder, tmp_path):
         ("--opt adahessian", ["--opt adahessian", "second derivatives", "adamw"]),
         ("--layer_decay_type pairs", ["pairs", "single", "group"]),
         ("--model_ema_eval true", ["--model_ema_eval true", "--model_ema true"]),
+        ("--eval true --disable_eval true", ["--eval true and --disable_eval true: nothing to do"]),
         ("--model_ema_decay 1.5", ["--model_ema_decay 1.5", "from 0 to 1"]),
         ("--mixup 0.8 --batch_size 5", ["--batch_size 5", "even for mixup"]),
         ("--cutmix 1 --batch_size 5", ["--batch_size 5", "even for mixup and cutmix"]),
@@ -283,7 +284,7 @@ def test_finetune_finds_nothing_under_a_key_or_prefix(tune, tuned):
 
 def test_a_class_of_val_that_train_lacks(tune, other):
     shutil.copytree(other / "val" / "ant", other / "val" / "dog")
-    assert_one_clear_line(tune("--data_path", other), other / "val", "class folder dog", "3 classes", "ant, bee, cat")
+    assert_one_clear_line(tune("--data_path", other), other / "val", "class dog", "3 classes", "ant, bee, cat")
 
 
 def test_train_without_class_folders(tune, other):

@@ -16,8 +16,8 @@ from conftest import SMALL, TINY, assert_same_weights, draw_images, log_lines, r
 import checkpoints
 import evaluation
 import hooks
+import index
 import main_finetune
-import shards
 import utils
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,14 +227,14 @@ def stalling_images(tmp_path, monkeypatch):
     """Images of which one, once the first two epochs' worth of steps are under way, takes an hour to read."""
     folder = tmp_path / "images"
     draw_images(folder, 8, ("a", "b"), (32, 32))
-    read = shards.read_file
+    read = index.read_file
 
     def stall(path):
         if path.endswith("05.png") and (folder / "stalled").exists():
             time.sleep(3600)
         return read(path)
 
-    monkeypatch.setattr(shards, "read_file", stall)
+    monkeypatch.setattr(index, "read_file", stall)
     return folder
 
 

@@ -7,7 +7,7 @@ python -m tools.index SHARDS --index_dir /shared/indexes
 import datasets
 import flags
 import shards
-from images import image_extensions
+from index import open_index
 from utils import UserError, log
 
 
@@ -25,7 +25,7 @@ def main(args):
             source = shards.find_source(args.data_path, split, False)
             if source in done or source.kind == "array":
                 continue
-            index = shards.open_index(source, image_extensions(), datasets.source_options(args), keep=True)
+            index = open_index(source, datasets.source_options(args), keep=True)
         except (OSError, UserError) as error:
             if split == "val" and done:  # a source may have one split
                 continue

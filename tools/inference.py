@@ -10,7 +10,8 @@ import datasets
 import flags
 import utils
 from evaluation import compute_rows
-from images import find_images, in_one_line, normalize, open_image, try_open
+from images import find_images, normalize, open_image, try_open
+from shards import in_one_line
 from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
 

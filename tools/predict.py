@@ -24,7 +24,7 @@ import torch
 import flags
 import utils
 from evaluation import pool_features
-from images import in_one_line
+from shards import in_one_line
 from tools.common import check_output, write_output
 from tools.inference import add_inference_args, load_inference
 from tools.journal import Journal
