@@ -29,12 +29,12 @@ def pool_features(maps):
 
 
 @torch.no_grad()
-def collect(function, loader, device, autocast, divided=True, give_up=lambda: False, gather=utils.all_gather):
+def collect(function, loader, device, autocast, divided=True, give_up=lambda: False, gather=None):
     """function(uint8 imgs, targets) -> (n, D) of all images: rows (n, D), targets (n,), names of unreadable images.
 
     In the order of the set, on the CPU, the same on all ranks. divided: each rank's loader yields its share; False: the
-    whole set. gather: `utils.gather_to_main` brings rows that are large to the main rank only; the others get them
-    empty. None once give_up() is true on any rank. Raises UserError if no image could be read.
+    whole set. gather: `utils.gather_to_main` brings large rows to the main rank only, the others get them empty; None:
+    `utils.all_gather`. Returns None once give_up() is true on any rank. Raises UserError if no image could be read.
     """
     rows, indices, targets, unreadable, given_up = [], [], [], [], False
     for batch in loader:
@@ -50,6 +50,7 @@ def collect(function, loader, device, autocast, divided=True, give_up=lambda: Fa
     if any(given_up for given_up, _ in outcomes):
         return None
     if divided:
+        gather = gather or utils.all_gather
         rows, indices, targets, unreadable = (sum(gather(x), []) for x in (rows, indices, targets, unreadable))
     if not any(has_rows for _, has_rows in outcomes):
         raise UserError(f"none of the images could be read: {next(iter(unreadable), 'see the main rank')}")

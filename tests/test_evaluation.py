@@ -1,6 +1,7 @@
 """Outputs of all images, metrics and probes against scikit-learn, and the pictures of runs."""
 
 import contextlib
+import itertools
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -55,12 +56,19 @@ def collect_on_ranks(world_size, monkeypatch, give_up=lambda rank: False):
         loader = share(rank, world_size)
         return collect(numbers_and_targets, loader, CPU, contextlib.nullcontext, give_up=lambda: give_up(rank))
 
-    values = []
-    monkeypatch.setattr(utils, "all_gather", lambda value: values.append(value) or [value])
+    calls = []  # what each rank gives to all_gather, in turn
     for rank in range(world_size):
+        calls.append([])
+        monkeypatch.setattr(utils, "all_gather", lambda value: calls[-1].append(value) or [value])
         run(rank)
-    monkeypatch.setattr(utils, "all_gather", lambda _: values[:world_size])
-    return [run(rank) for rank in range(world_size)]
+    results = []
+    for rank in range(world_size):
+        turns = itertools.count()
+        monkeypatch.setattr(
+            utils, "all_gather", lambda _, turns=turns: [of_rank[turn] for turn in [next(turns)] for of_rank in calls]
+        )
+        results.append(run(rank))
+    return results
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -320,13 +320,13 @@ def test_resume_with_other_classes(tune, tuned, other, flags):
 
 @pytest.mark.parametrize("flags", ["--epochs 2", "--eval true"], ids=["train", "eval"])
 def test_resume_with_another_number_of_classes(tune, tuned, flags):
-    result = tune(*flags.split(), "--resume", tuned, "--data_set", "DIGITS")
+    result = tune(*flags.split(), "--resume", tuned, "--data_set", "DIGITS", "--data_path=")
     assert_one_clear_line(result, "10", "3")
 
 
 def test_eval_of_weights_for_another_number_of_classes(tune, tuned, tmp_path):
     torch.save(torch.load(tuned, weights_only=True)["model"], tmp_path / "raw.pth")
-    result = tune("--eval", "true", "--resume", tmp_path / "raw.pth", "--data_set", "DIGITS")
+    result = tune("--eval", "true", "--resume", tmp_path / "raw.pth", "--data_set", "DIGITS", "--data_path=")
     assert_one_clear_line(result, "raw.pth", "3 classes, the data 10")
 
 
