@@ -274,16 +274,24 @@ def is_better(name, value, other):
     return value < other if "loss" in name else value > other
 
 
+def write_names(folder, names):
+    """Write nonfinite_batch.txt; in words where it is."""
+    path = Path(folder) / "nonfinite_batch.txt"
+    if not folder:
+        return ""
+    try:
+        path.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
+    except OSError:  # a full disk does not hide the message
+        return ""
+    return f" (all in {path})"
+
+
 def report_nonfinite_loss(run, loss, batch, is_local):
     """Raise TrainingError, naming the images of a batch. is_local: whether the loss of this rank is not finite."""
     names = [run.images.name(index) for index in run.sampler.batch_indices(run.epoch, batch)] if is_local else []
     names = sum(utils.all_gather(names), [])
     examples = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    if run.args.output_dir and utils.is_main_process():
-        path = Path(run.args.output_dir) / "nonfinite_batch.txt"
-        with contextlib.suppress(OSError):  # a full disk does not hide the message
-            path.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
-            examples += f" (all in {path})"
+    examples += utils.on_main_rank(lambda: write_names(run.args.output_dir, names))
     raise TrainingError(
         f"loss is {loss} in epoch {run.epoch}, step {batch // run.args.update_freq + 1} of {run.steps_per_epoch}: "
         f"stopped. {run.describe_last_checkpoint()}Try a lower --blr, or --amp_dtype bfloat16. Batch: {examples}"
