@@ -448,8 +448,8 @@ def test_compiled_pretraining_step_keeps_the_kernels_and_is_that_of_plain_pytorc
     compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
     assert_close(fcmae_step(compiled), plain, 1e-5)
     # Four blocks in the encoder, one in the decoder; each convolution once forward and once backward
-    assert operators["convnextv2.depthwise_conv.default"] == 10
-    assert operators["convnextv2.depthwise_conv_weight_grad.default"] == 5
+    assert operators["models.depthwise_conv.default"] == 10
+    assert operators["models.depthwise_conv_weight_grad.default"] == 5
 
 
 @needs_kernels

@@ -191,7 +191,7 @@ def test_without_evaluation_no_val_is_needed(small, finetune, labelled_folder, t
     assert finetune(*flags, "--disable_eval", "true").status == 0
     assert set(log_lines(tmp_path / "run")[0]) == {"train_loss", "train_lr", "epoch", "n_parameters"}
     files = [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("events")]
-    assert sorted(files) == ["checkpoint-0.pth", "log.txt", "run.lock"]
+    assert sorted(files) == ["args.json", "checkpoint-0.pth", "log.txt", "run.lock"]
 
 
 # ---------------------------------------------------------------- stop and resume
