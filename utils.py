@@ -181,8 +181,9 @@ def find_launcher(args):
         # a port that the steps of other jobs on the same machine do not take
         env.setdefault("MASTER_PORT", str(15000 + (64 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 15000))
         return *(int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID")), args.dist_url
-    if args.world_size > 1 or args.local_rank > 0:
-        flags = f"--world_size {args.world_size} --local_rank {args.local_rank}"
+    world_size, local_rank = getattr(args, "world_size", 1), getattr(args, "local_rank", -1)
+    if world_size > 1 or local_rank > 0:
+        flags = f"--world_size {world_size} --local_rank {local_rank}"
         raise UserError(f"{flags}: no launcher started this process; use torchrun --nproc_per_node=N, srun or mpirun")
     return None
 

@@ -134,7 +134,7 @@ def test_nothing_is_written_without_an_output_folder(small, pretrain, tmp_path, 
 def test_log_dir_and_save_ckpt(small, pretrain, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     pretrain(*small, "--epochs", 1, "--output_dir", out, "--log_dir", log, "--save_ckpt", "false", "--picture_freq", 0)
-    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "run.lock"]
+    assert sorted(path.name for path in out.iterdir()) == ["args.json", "log.txt", "run.lock"]
     assert list(log.glob("events.*"))
 
 

@@ -244,7 +244,8 @@ def test_a_job_on_two_nodes_that_is_interrupted_ends_as_if_it_had_not_been(
 
 REPORT = """
 import argparse, utils, torch.distributed as dist
-args = argparse.Namespace(dist_on_itp=False, device="cpu", dist_url="env://", local_rank=-1, world_size=1, dist_timeout=30)
+flags = {"dist_on_itp": False, "dist_url": "env://", "local_rank": -1, "world_size": 1, "dist_timeout": 30}
+args = argparse.Namespace(device="cpu", **flags)
 utils.init_distributed_mode(args)
 print(f"process {utils.get_rank()} of {dist.get_world_size() if dist.is_initialized() else 'one'}")
 """
