@@ -424,9 +424,9 @@ def train(run, hooks, train_one_epoch, evaluate=None):
     if run.is_finished(run.epoch):
         epochs = run.args.epochs
         done = (
-            f"{run.epoch} of {epochs} epochs" if run.epoch <= epochs else f"{run.epoch} epochs, --epochs is {epochs},"
+            f"of {epochs} epochs are done" if run.epoch <= epochs else f"epochs are done, more than --epochs {epochs}"
         )
-        return log(f"nothing left to do: {done} are done")
+        return log(f"nothing left to do: {run.epoch} {done}")
     run.hooks = hooks
     hooks.load_state_dict(run.hook_states)
     hooks("on_start", run)
