@@ -422,11 +422,9 @@ def train(run, hooks, train_one_epoch, evaluate=None):
     `Run.add_evaluations`; None: no evaluation.
     """
     if run.is_finished(run.epoch):
-        epochs = run.args.epochs
-        done = (
-            f"of {epochs} epochs are done" if run.epoch <= epochs else f"epochs are done, more than --epochs {epochs}"
-        )
-        return log(f"nothing left to do: {run.epoch} {done}")
+        epochs, done = run.args.epochs, "epochs are done"
+        state = f"of {epochs} {done}" if run.epoch <= epochs else f"{done}, more than --epochs {epochs}"
+        return log(f"nothing left to do: {run.epoch} {state}")
     run.hooks = hooks
     hooks.load_state_dict(run.hook_states)
     hooks("on_start", run)

@@ -8,7 +8,7 @@ from torch import nn
 
 import flags
 import utils
-from checkpoints import load_checkpoint, save_whole
+from checkpoints import load_checkpoint, save_together
 from models import convnextv2
 from models.utils import LayerNorm, names_without_decay
 from optim_factory import LayerDecayValueAssigner, get_parameter_groups, half_cosine
@@ -118,7 +118,7 @@ def train(args, model, count, compute_loss, evaluate):
         print(f"epoch {epoch + 1}/{args.epochs}  loss {np.mean(losses):.4f}", flush=True)
         if path:
             content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-            save_whole(path, content | {"args": dict(vars(args))})
+            save_together({path: content | {"args": dict(vars(args))}})
     model.eval()
     with torch.inference_mode():
         return evaluate()

@@ -19,7 +19,8 @@ from flags import FlagParser
 from models import convnextv2, fcmae
 
 torch.set_num_threads(1)  # two processes test at a time, see Makefile
-SLOWEST = ["test_distributed", "test_submitit", "test_tools", "test_kernels", "test_hooks", "test_main_finetune"]
+SLOWEST = "submitit distributed kernels hooks models kill main_finetune gpu faults main_pretrain tools interop".split()
+SLOWEST = [f"test_{name}" for name in SLOWEST]
 
 
 def pytest_collection_modifyitems(items):
