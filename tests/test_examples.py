@@ -90,14 +90,14 @@ def patch_save(patch):
     """Stop by Ctrl-C after the first checkpoint; the list of paths saved."""
     from examples import common
 
-    saved, save_whole = [], common.save_whole
+    saved, save_together = [], common.save_together
 
-    def save_and_stop(path, content):
-        save_whole(path, content)
-        saved.append(path)
+    def save_and_stop(contents):
+        save_together(contents)
+        saved.extend(contents)
         raise KeyboardInterrupt
 
-    patch.setattr(common, "save_whole", save_and_stop)
+    patch.setattr(common, "save_together", save_and_stop)
     return saved
 
 
