@@ -30,7 +30,12 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", default=3, type=int, help="SIGKILLs in tests/test_kill.py (its long form: 30)")
-    parser.addoption("--rounds", default=1, type=int, help="tries in tests/test_faults.py (its long form: 10)")
+    parser.addoption(
+        "--rounds",
+        default=1,
+        type=int,
+        help="tries in tests/test_faults.py (its long form: 10); above 1 both scripts on Slurm",
+    )
     parser.addoption("--terms", default=1, type=int, help="SIGTERMs there (10)")
 
 
