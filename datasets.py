@@ -42,10 +42,10 @@ def add_loader_args(parser):
     add = parser.add_argument_group("loader").add_argument
     add("--num_workers", default=10, type=at_least(0), help="loader processes, at most one per core; 0: none")
     add("--pin_mem", action=Switch, default=True, help="page-locked batches, which copy to a GPU faster")
-    neighbors = f"blocks: {BLOCK} neighbors each, shuffled among {WINDOW}, for archives on slow disks"
-    add("--shuffle", default="full", choices=("full", "blocks"), help=f"order of an epoch; {neighbors}")
-    stalled = "seconds without a batch after which loader workers count as stalled, and what they read is named;"
-    add("--data_timeout", default=900, type=at_least(0), help=f"{stalled} 0: never")
+    blocks = f"blocks: shuffle {WINDOW} blocks of {BLOCK} neighboring samples at a time, for archives on slow disks"
+    add("--shuffle", default="full", choices=("full", "blocks"), help=f"order of an epoch; {blocks}")
+    stalled = "seconds to wait for a batch before the run stops and names the files being read; 0: no limit"
+    add("--data_timeout", default=900, type=at_least(0), help=stalled)
     add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
 
 
@@ -63,7 +63,9 @@ def add_unlabelled_args(parser):
 def add_image_args(add):
     """The flags of images for any training."""
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
-    meaning = "values of gray 16-bit and float images that become black and white; None: the upper byte of 16 bits, the"
+    meaning = (
+        "values that become black and white, for gray 16-bit and float images; None: the upper byte of 16 bits, the"
+    )
     number = flags.number(float, math.isfinite, "a number")
     add("--pixel_range", nargs=2, type=number, metavar=("LOW", "HIGH"), help=f"{meaning} own range of each float image")
     add_source_args(add)
@@ -71,10 +73,15 @@ def add_image_args(add):
 
 def add_source_args(add):
     """The flags of how a source of images is read."""
-    for name, meaning in (("path", "of a list"), ("image", "of a table"), ("label", ""), ("split", "train or val")):
+    columns = {
+        "path": "paths of images in a CSV or TSV list",
+        "image": "images in a Parquet or Arrow table",
+        "label": "classes, and key of the class in webdataset's .json",
+        "split": "splits: train or val",
+    }
+    for name, content in columns.items():
         default = getattr(shards.DEFAULTS, f"{name}_column")
-        help = " ".join(filter(None, (f"column of the {name} in a list, table or .json:", meaning))).rstrip(":")
-        add(f"--{name}_column", default=default, metavar="NAME", help=help)
+        add(f"--{name}_column", default=default, metavar="NAME", help=f"column of {content}")
     kept = "where the index of a large data set is kept; None: beside the data, else in ~/.cache"
     add("--index_dir", metavar="FOLDER", help=kept)
 

@@ -196,7 +196,7 @@ def add_machine_args(parser, training=True):
     add_device_arg(add)
     add("--use_amp", default=False, action=Switch, help="automatic mixed precision")
     add("--amp_dtype", default="bfloat16", choices=("bfloat16", "float16"), help="dtype of --use_amp")
-    add("--triton", default=True, action=Switch, help="depthwise convolutions by Triton kernels, on CUDA if they work")
+    add("--triton", default=True, action=Switch, help="use our Triton kernels, on CUDA if they work")
     if training:
         add("--compile", default=False, action=Switch, help="torch.compile the model")
         less = "recompute activations in the backward pass: less memory, more time"

@@ -394,11 +394,17 @@ def log_configuration(run, schedule, model_description, loader):
         log(f"warm-up of {schedule.warmup_epochs:g} epochs: the learning rate rises during all of {args.epochs}")
     log(f"{ranks} on {run.device}, {precision}{compiled}; {loader.num_workers} loader workers each")
     log(f"output: {args.output_dir or 'none'}; torch {torch.__version__}")
-    cores = len(os.sched_getaffinity(0))
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if run.device.type == "cpu" and torch.get_num_threads() > max(cores - busy, 1) + 0.5:
-        threads = f"{torch.get_num_threads()} threads on {cores} cores with a load of {busy:.1f} wait for each other"
-        log(f"hint: {threads}: OMP_NUM_THREADS={max(round(cores - busy), 1)} may be faster")
+    if run.device.type == "cpu":
+        for hint in hint_at_threads(torch.get_num_threads(), len(os.sched_getaffinity(0)), os.getloadavg()[0]):
+            log(hint)
+
+
+def hint_at_threads(threads, cores, load):
+    """[a hint] if other processes or too few cores make threads wait for each other, else nothing."""
+    if threads == 1 or threads <= cores and load < 0.75 * cores:
+        return []
+    free = max(round(cores - load), 1)
+    return [f"hint: {threads} threads on {cores} cores with a load of {load:.1f}: OMP_NUM_THREADS={free} may be faster"]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler as schedulers
 
 import checkpoints
 import main_finetune
+import run
 import utils
 from models import convnextv2
 from models.convnextv2 import ConvNeXtV2
@@ -387,3 +388,12 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
         with pytest.raises(TypeError, match=r"a.pth\['hooks'\]\['Count'\]\[0\] is a "):
             checkpoints.save_together({tmp_path / "a.pth": {"model": {}, "hooks": {"Count": [value]}}})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "load", "hint"),
+    [(2, 2, 0.9, None), (2, 2, 1.8, "OMP_NUM_THREADS=1"), (16, 4, 0.0, "OMP_NUM_THREADS=4"), (1, 2, 9.0, None)],
+)
+def test_a_hint_appears_where_threads_wait_for_each_other(threads, cores, load, hint):
+    hints = run.hint_at_threads(threads, cores, load)
+    assert len(hints) == (hint is not None) and all(hint in text for text in hints)
