@@ -15,8 +15,10 @@ and backward, where g is the gradient of out, and that of y is g W2:
     the gradient of 1 + gamma n is the sum over sites of (g W2) a
     the gradient of h is GELU'(h) ((1 + gamma n) g W2 + f a), where f, (N, 1, 4C), comes from the gradient of |a|
 
-Where an image has many sites for its channels (`is_folded`), the scale 1 + gamma n goes into a weight W2 of each
+Where an image has many sites for its channels (`folds_scale`), the scale 1 + gamma n goes into a weight W2 of each
 image's own instead: y is never computed, and the gradients of scale and weight are sums over the same products g^T a.
+Where even a batch has few (`folds_affine`), a pass over a weight costs more than one over the rows: w, v and beta are
+then applied to the rows, as the modules would.
 
 The passes over h are in `models.mlp_kernels`: Triton kernels, and the plain PyTorch beside them.
 """
@@ -41,20 +43,24 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, *parameters):
         norm_weight, norm_bias, weight1, bias1, gamma, beta, weight2, bias2 = parameters
-        passes, dtype, folded = choose_passes(x), x.dtype, is_folded(x, weight2)
-        z, *statistics = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        low1 = (weight1 * norm_weight).to(dtype)
-        h = F.linear(z, low1, (bias1 + weight1 @ norm_bias).to(dtype))
+        passes, dtype, folded = choose_passes(x), x.dtype, folds_scale(x)
+        affine, low1 = (norm_weight.to(dtype), norm_bias.to(dtype)), weight1
+        if folds_affine(x):
+            affine, low1 = (None, None), weight1 * norm_weight
+            bias1, bias2 = bias1 + weight1 @ norm_bias, bias2 + weight2 @ beta
+        z, *statistics = torch.native_layer_norm(x, x.shape[-1:], *affine, eps)
+        h = F.linear(z, low1.to(dtype), bias1.to(dtype))
         a, norm = passes.gelu_norm(h, folded)
         mean = norm.mean(-1, keepdim=True) + 1e-6
         scale = 1 + gamma * norm / mean
-        bias = (bias2 + weight2 @ beta).to(dtype)
         if folded:
             y, low2 = None, (weight2 * scale).to(dtype)  # (N, C, 4C)
-            out = torch.baddbmm(bias, a, low2.transpose(1, 2))
+            out = torch.baddbmm(bias2.to(dtype), a, low2.transpose(1, 2))
         else:
             y, low2 = passes.scaled_gelu(h, a, scale), weight2.to(dtype)
-            out = F.linear(y, low2, bias)
+            if not folds_affine(x):
+                y += beta.to(dtype)
+            out = F.linear(y, low2, bias2.to(dtype))
         ctx.save_for_backward(x, *parameters, *statistics, z, h, a, y, low2, norm, mean)
         ctx.eps = eps
         return out
@@ -65,7 +71,8 @@ class _MLP(torch.autograd.Function):
         x, *parameters = saved[:9]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient is itself differentiated
             return differentiable_gradients(ctx, grad, x, parameters)
-        grads = _MLP.compute_gradients(grad, x, *parameters, *saved[9:])
+        with without_autocast(x):
+            grads = _MLP.compute_gradients(grad, x, *parameters, *saved[9:])
         return grads[0], None, *(grad.to(p.dtype) for grad, p in zip(grads[1:], parameters, strict=True))
 
     @staticmethod
@@ -74,7 +81,7 @@ class _MLP(torch.autograd.Function):
         x_mean, x_rstd, z, h, a, y, low2, norm, mean,
     ):  # fmt: skip
         """The gradients of x and of the parameters."""
-        passes, n = choose_passes(x), norm / mean
+        passes, dtype, n = choose_passes(x), x.dtype, norm / mean
         scale = 1 + gamma * n
         # out = y W2^T + bias
         grad_bias2 = grad.sum((0, 1), dtype=norm.dtype)
@@ -87,8 +94,11 @@ class _MLP(torch.autograd.Function):
             grad_weight2 = (grad.flatten(0, 1).t() @ y.flatten(0, 1)).to(norm.dtype)
             grad_a = grad @ low2  # but for the scale
             grad_scale = passes.gelu_dot(h, a, grad_a)
-        grad_weight2 = torch.addcmul(grad_weight2, grad_bias2[:, None], beta)
-        grad_beta = sum_rows(weight2, grad_bias2)
+        if folds_affine(x):
+            grad_weight2 = torch.addcmul(grad_weight2, grad_bias2[:, None], beta)
+            grad_beta = grad_bias2 @ weight2.to(norm.dtype)
+        else:
+            grad_beta = grad_a.sum((0, 1), dtype=norm.dtype)
         # y = scale a
         grad_n = grad_scale * gamma
         grad_norm = (grad_n - (grad_n * n).mean(-1, keepdim=True)) / mean
@@ -96,14 +106,17 @@ class _MLP(torch.autograd.Function):
         factor = grad_norm / norm.masked_fill(norm == 0, torch.inf)
         grad_h, grad_bias1 = passes.gelu_grad(h, a, grad_a, scale, factor)
         # h = z (W1 w)^T + bias
-        products = (grad_h.flatten(0, 1).t() @ z.flatten(0, 1)).to(norm.dtype)  # (4C, C)
-        grad_weight1 = torch.addcmul(products * norm_weight, grad_bias1[:, None], norm_bias)
-        grad_norm_weight = (products * weight1).sum(0)
-        grad_norm_bias = sum_rows(weight1, grad_bias1)
-        no_affine = [True, False, False]
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_h @ (weight1 * norm_weight).to(x.dtype), x, x.shape[-1:], x_mean, x_rstd, None, None, no_affine
-        )
+        grad_weight1 = (grad_h.flatten(0, 1).t() @ z.flatten(0, 1)).to(norm.dtype)  # (4C, C)
+        if folds_affine(x):
+            grad_z = grad_h @ (weight1 * norm_weight).to(dtype)
+            grad_x, _, _ = norm_gradients(grad_z, x, x_mean, x_rstd)
+            grad_norm_weight, grad_norm_bias = (grad_weight1 * weight1).sum(0), grad_bias1 @ weight1.to(norm.dtype)
+            grad_weight1 = torch.addcmul(grad_weight1 * norm_weight, grad_bias1[:, None], norm_bias)
+        else:
+            affine = norm_weight.to(dtype), norm_bias.to(dtype)
+            grad_x, grad_norm_weight, grad_norm_bias = norm_gradients(
+                grad_h @ weight1.to(dtype), x, x_mean, x_rstd, *affine
+            )
         grad_gamma = (grad_scale * n).sum((0, 1))
         return (
             grad_x, grad_norm_weight, grad_norm_bias, grad_weight1, grad_bias1, grad_gamma, grad_beta,
@@ -111,9 +124,10 @@ class _MLP(torch.autograd.Function):
         )  # fmt: skip
 
 
-def sum_rows(weight, factors):
-    """factors (M,) @ weight (M, K), not as a matrix product, which autocast would round where the step is compiled."""
-    return (weight * factors[:, None]).sum(0)
+def norm_gradients(grad, x, mean, rstd, weight=None, bias=None):
+    """The gradients of x, weight and bias of a layer norm, of the latter two where they are given."""
+    wanted = [True, weight is not None, bias is not None]
+    return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, weight, bias, wanted)
 
 
 def differentiable_gradients(ctx, grad, x, parameters):
@@ -136,9 +150,14 @@ def plain_mlp(x, eps, norm_weight, norm_bias, weight1, bias1, gamma, beta, weigh
     return F.linear(y.to(dtype), weight2.to(dtype), bias2.to(dtype))
 
 
-def is_folded(x, weight2):
+def folds_scale(x):
     """Whether an image of x (N, S, C) is so large for the (C, 4C) weight that one of its own saves passes."""
-    return x.shape[1] >= 8 * len(weight2)
+    return x.shape[1] >= 8 * x.shape[2]
+
+
+def folds_affine(x):
+    """Whether the batch x (N, S, C) is so large for the weights that passes over them cost less than over its rows."""
+    return folds_scale(x) or x.shape[0] * x.shape[1] >= 16 * x.shape[2]
 
 
 def choose_passes(x):

@@ -226,9 +226,9 @@ def test_grn_is_algorithm_1_even_where_a_channel_is_zero(shape):
     assert_close(outputs_and_grads(grn, x, gamma, beta), outputs_and_grads(grn_by_norm, x, gamma, beta), 1e-12)
 
 
-def mlp_inputs(sites, dtype=torch.float64):
+def mlp_inputs(shape, dtype=torch.float64):
     """x (N, H, W, C), weight and bias of the norm (C,), of the first linear layer, gamma and beta (1, 1, 1, 4C), ..."""
-    shapes = (2, sites // 5, 5, 3), (3,), (3,), (12, 3), (12,), (1, 1, 1, 12), (1, 1, 1, 12), (3, 12), (3,)
+    shapes = (*shape, 3), (3,), (3,), (12, 3), (12,), (1, 1, 1, 12), (1, 1, 1, 12), (3, 12), (3,)
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
@@ -247,33 +247,33 @@ def mlp_by_definition(x, norm_weight, norm_bias, weight1, bias1, gamma, beta, we
     return F.linear(grn_by_norm(a, gamma, beta), weight2, bias2)
 
 
-# With 25 and more sites for 3 channels GRN's scale goes into weights of each image's own
-MLP_SITES = pytest.mark.parametrize("sites", [10, 30], ids=["scaled", "folded"])
+# Images, height, width, of 3 channels: nothing, norm and beta, or GRN's scale too is folded into the weights
+FOLDED = pytest.mark.parametrize("shape", [(2, 1, 5), (4, 3, 5), (2, 5, 5)], ids=["nothing", "affine", "scale"])
 
 
-@MLP_SITES
-def test_the_fused_mlp_has_the_value_and_derivatives_of_its_definition(sites):
-    inputs = mlp_inputs(sites)
+@FOLDED
+def test_the_fused_mlp_has_the_value_and_derivatives_of_its_definition(shape):
+    inputs = mlp_inputs(shape)
     inputs[3][1], inputs[4][1] = 0, 0  # a dead channel
     assert_close(outputs_and_grads(call_mlp, *inputs), outputs_and_grads(mlp_by_definition, *inputs), 1e-12)
-    inputs = [x.requires_grad_() for x in mlp_inputs(sites)]
+    inputs = [x.requires_grad_() for x in mlp_inputs(shape)]
     assert torch.autograd.gradcheck(call_mlp, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(call_mlp, inputs, fast_mode=True)
 
 
-@MLP_SITES
-def test_a_zero_channel_has_finite_second_derivatives(sites):
-    inputs = mlp_inputs(sites)
+@FOLDED
+def test_a_zero_channel_has_finite_second_derivatives(shape):
+    inputs = mlp_inputs(shape)
     inputs[3][1], inputs[4][1] = 0, 0
     inputs = [x.requires_grad_() for x in inputs]
     grads = torch.autograd.grad(call_mlp(*inputs).square().sum(), inputs, create_graph=True)
     assert all(x.isfinite().all() for x in torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
 
 
-@MLP_SITES
-def test_small_changes_of_gamma_count_in_low_precision(sites):
+@FOLDED
+def test_small_changes_of_gamma_count_in_low_precision(shape):
     """1 + gamma n is not rounded to bfloat16, where it would be 1 for all gamma n below 0.002."""
-    inputs = [x.bfloat16().double() for x in mlp_inputs(sites)]
+    inputs = [x.bfloat16().double() for x in mlp_inputs(shape)]
     inputs[5] = torch.full_like(inputs[5], 1e-3)
     with_gamma, without = (mlp_by_definition(*inputs[:5], gamma, *inputs[6:]) for gamma in (inputs[5], 0 * inputs[5]))
 
@@ -288,9 +288,9 @@ def test_small_changes_of_gamma_count_in_low_precision(sites):
     assert F.cosine_similarity(change.flatten(), expected.flatten(), 0) > 0.3
 
 
-def test_an_image_has_weights_of_its_own_only_where_that_saves_passes():
-    weight = torch.empty(4, 16)
-    assert [mlp.is_folded(torch.empty(2, sites, 4), weight) for sites in (31, 32)] == [False, True]
+def test_parameters_are_folded_into_weights_only_where_that_saves_passes():
+    rows = [torch.empty(images, sites, 2) for images, sites in ((3, 10), (4, 8), (4, 15), (1, 16))]
+    assert [(mlp.folds_affine(x), mlp.folds_scale(x)) for x in rows] == [(0, 0), (1, 0), (1, 0), (1, 1)]
 
 
 def test_grn_of_large_float16_does_not_overflow():
