@@ -12,6 +12,7 @@ import math
 import os
 import random
 import signal
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -613,6 +614,8 @@ class Loader(torch.utils.data.DataLoader):
     raises; TrainingError if no batch comes within --data_timeout seconds.
     """
 
+    waiting_since = None  # of the loader, if any, that the process waits for: `time.monotonic()`
+
     def __init__(self, dataset, opening, **options):
         self.images, self.opening = dataset.images, opening
         self.max_bad_images = dataset.max_bad_images if isinstance(dataset, EvalDataset) else math.inf
@@ -622,6 +625,7 @@ class Loader(torch.utils.data.DataLoader):
         batches, unreadable = super().__iter__(), []
         while True:
             try:
+                Loader.waiting_since = time.monotonic()
                 batch = next(batches, None)
             except RuntimeError as error:
                 if "timed out" not in str(error):
@@ -629,6 +633,8 @@ class Loader(torch.utils.data.DataLoader):
                 names = ", ".join(sorted({self.images.name(index) for index in self.opening.tolist() if index >= 0}))
                 problem = f"no batch came within --data_timeout {self.timeout:g} seconds"
                 raise TrainingError(f"{problem}; the loader workers read {names or 'nothing yet'}") from None
+            finally:
+                Loader.waiting_since = None
             if batch is None:
                 return
             if isinstance(batch, UserError):

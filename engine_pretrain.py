@@ -32,9 +32,7 @@ def optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args
         run.lr = schedule.apply(optimizer, run.epochs_done)
         for micro in range(args.update_freq):
             start = time.perf_counter()
-            run.waiting = getattr(loader, "num_workers", 0) > 0
             batch = next(batches)
-            run.waiting = False
             run.add_batch(batch, seconds=time.perf_counter() - start)
             utils.set_seed(args.seed, run.epoch, run.step, micro, utils.get_rank())
             with average_gradients(model, enabled=micro == args.update_freq - 1):

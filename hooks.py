@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import checkpoints
 import utils
-from datasets import Batch
+from datasets import Batch, Loader
 from flags import at_least
 from run import Hook, Hooks  # noqa: F401  (hooks.Hook, hooks.Hooks: what a hook is)
 from utils import TrainingError, UserError, log
@@ -397,15 +397,25 @@ class Checkpointer(Hook):
             self.save(run, is_last=run.is_last_epoch())
 
     def on_error(self, run):
-        """Without the other ranks, one of which may be the one that failed: of the last losses only this one's."""
-        if utils.is_main_process():
-            run.read_losses(alone=True)
-            self.check_weights(run)
-            try:
-                self.write(run, run.step)
-                log(f"saved at epoch {run.epoch}, step {run.step}: the same command resumes from here")
-            except OSError as error:
-                log(f"checkpoint not saved: {error}")
+        if self.save_alone(run):
+            log(f"saved at epoch {run.epoch}, step {run.step}: the same command resumes from here")
+
+    def save_alone(self, run):
+        """Write the steps that are done, on the main rank; whether that succeeded.
+
+        Without the other ranks, which may have failed: the mean loss lacks what they have not shared.
+        """
+        run.drop_unfinished_step()
+        if not utils.is_main_process():
+            return False
+        run.read_losses(alone=True)
+        self.check_weights(run)
+        try:
+            self.write(run, run.step)
+            return True
+        except OSError as error:
+            log(f"checkpoint not saved: {error}")
+            return False
 
     def save(self, run, step=None, is_last=False):
         """Write a checkpoint, if it is not there yet; whether that succeeded. On all ranks, at the same step.
@@ -452,12 +462,12 @@ class StopOnSignal(Hook):
     """After Ctrl-C, or a signal of a terminal or scheduler before it ends the process: save and stop, on all ranks.
 
     The signal is only noted; the step under way is finished first, so nothing is cut short, however many signals come;
-    but a second Ctrl-C ends the process at once. Ranks agree every `PATIENCE` seconds or so, not every step. A single
-    process that waits for its loader workers does not go on waiting: it saves the steps that are done. Raises
-    `utils.Stopped`.
+    but a second Ctrl-C ends the process at once. Ranks agree every `PATIENCE` seconds or so, not every step. A process
+    that waits for a batch does not go on waiting: it saves the steps that are done, at once if it is alone; one of
+    several ranks after `GRACE` seconds, without the others, who may wait for it. Raises `utils.Stopped`.
     """
 
-    PATIENCE = 2.0
+    PATIENCE, GRACE = 2.0, 10.0
 
     def __init__(self, checkpointer=None):
         self.checkpointer = checkpointer
@@ -475,10 +485,20 @@ class StopOnSignal(Hook):
         if self.received == signum == signal.SIGINT:
             raise KeyboardInterrupt
         first, self.received = not self.received, self.received or signum
-        if first and self.run.waiting and not dist.is_initialized():
-            self.run.waiting = False
-            self.run.drop_unfinished_step()
-            self.stop_if_requested(self.run, step=self.run.step)
+        if first and dist.is_initialized():
+            signal.signal(signal.SIGALRM, lambda *_: self.stop_waiting(self.GRACE))
+            signal.setitimer(signal.ITIMER_REAL, self.GRACE, 1)
+        elif first:
+            self.stop_waiting(0)
+
+    def stop_waiting(self, seconds):
+        """Stop, without the other ranks, if this one has waited for a batch for so long."""
+        since, Loader.waiting_since = Loader.waiting_since, None
+        if since is None or time.monotonic() - since < seconds:
+            Loader.waiting_since = since
+            return
+        saved = self.checkpointer is not None and self.checkpointer.save_alone(self.run)
+        self.stop(self.received, saved, alone=dist.is_initialized())
 
     def on_step(self, run):
         self.left -= 1
@@ -499,9 +519,13 @@ class StopOnSignal(Hook):
             return
         if self.checkpointer is not None:
             self.checkpointer.save(run, step=step, is_last=True)
+        self.stop(received, saved=self.checkpointer is not None)
+
+    def stop(self, received, saved, alone=False):
+        signal.setitimer(signal.ITIMER_REAL, 0)
         handler = self.previous[received] if received in (signal.SIGUSR1, signal.SIGUSR2) else None
         # from here on signals are still noted, and change nothing
-        raise utils.Stopped(received, self.checkpointer is not None, handler if callable(handler) else None)
+        raise utils.Stopped(received, saved, handler if callable(handler) else None, alone)
 
     def agree(self):
         """The signal that any rank has received, or 0, the same on all; they call this at the same step."""
@@ -516,6 +540,7 @@ class StopOnSignal(Hook):
         return int(received)
 
     def on_end(self, run):
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 

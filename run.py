@@ -74,7 +74,6 @@ class Run:
         self.lr = 0.0
         self.metrics = {}  # numbers of this epoch, by their names in log.txt
         self.evaluations = {}  # the last `Evaluation`s: "" of the model, "_ema" of the EMA weights
-        self.waiting = False  # whether the step waits for loader workers
         self.unfinished_batches = 0  # of the step under way, those whose losses are known
         self.given_up = False  # whether an evaluation or probe was interrupted by a signal
         self.stop_requested = lambda: False  # whether a signal came: then evaluations give up
@@ -416,7 +415,6 @@ def saved_on_error(run):
         raise
     except Exception:
         if run.between_steps:
-            run.drop_unfinished_step()
             run.hooks("on_error", run)
         raise
 

@@ -35,11 +35,19 @@ class TrainingError(Exception):
     """The run cannot continue, and no flag was wrong: reported in one line; exit status 1."""
 
 
-class Stopped(Exception):
-    """A signal ended the run. saved: whether it can resume. requeue: the signal handler of submitit, or None."""
+class Stopped(BaseException):
+    """A signal ended the run; only the script's frame catches this.
 
-    def __init__(self, signum, saved, requeue=None):
-        self.signum, self.saved, self.requeue = signum, saved, requeue
+    saved: whether it can resume. requeue: the signal handler of submitit, or None. alone: without the other ranks.
+    """
+
+    def __init__(self, signum, saved, requeue=None, alone=False):
+        self.signum, self.saved, self.requeue, self.alone = signum, saved, requeue, alone
+
+    @property
+    def status(self):
+        by_person = self.signum in (signal.SIGINT, signal.SIGHUP)
+        return 128 + self.signum if by_person or not self.saved else STOPPED
 
 
 # Ctrl-C, the end of a terminal, and what schedulers send before they take the machine
@@ -83,8 +91,7 @@ def run_main(main, args, name):
     except Stopped as stopped:
         shutdown_workers()  # one may be stalled
         requeue(stopped)
-        by_person = stopped.signum in (signal.SIGINT, signal.SIGHUP)
-        sys.exit(128 + stopped.signum if by_person or not stopped.saved else STOPPED)
+        sys.exit(stopped.status)
     except Exception:
         if get_world_size() > 1:
             print(f"rank {get_rank()} of {get_world_size()}, on {socket.gethostname()}, failed:", file=sys.stderr)
@@ -129,6 +136,9 @@ def requeue(stopped):
         if error.returncode != -signal.SIGTERM:  # Slurm may kill `scontrol requeue` together with the job it requeued
             raise
     finally:
+        if stopped.alone:  # the others may wait for this rank: it cannot wait for them
+            sys.stdout.flush()
+            os._exit(stopped.status)
         barrier()  # launchers kill the other ranks as soon as one has left
         leave_process_group()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, TINY, assert_same_weights, draw_images, log_lines, release_locks, weights
+import torch.distributed as dist
+from conftest import SMALL, TINY, assert_same_weights, draw_images, free_port, log_lines, release_locks, weights
 
 import checkpoints
 import evaluation
@@ -84,7 +85,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         stop = hooks.StopOnSignal()
-        stop.on_start(types.SimpleNamespace(waiting=False))
+        stop.on_start(types.SimpleNamespace())
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.received == 0
         stop.on_end(None)
@@ -260,13 +261,34 @@ def stall_after_a_step(folder, monkeypatch, then=lambda: None):
 STALLING = [*SMALL, "--batch_size", 2, "--num_workers", 1, "--epochs", 9, "--warmup_epochs", 1, "--print_freq", 1]
 
 
-def test_a_signal_is_heard_while_a_worker_stalls(stalling_images, pretrain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_is_heard_while_an_image_stalls(workers, stalling_images, pretrain, tmp_path, monkeypatch):
     stall_after_a_step(stalling_images, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    result = pretrain(*STALLING, "--data_path", stalling_images, "--output_dir", tmp_path / "out", "--picture_freq", 0)
+    check_that_all_steps_are_saved(pretrain, stalling_images, tmp_path, "--num_workers", workers)
+
+
+def test_a_rank_does_not_wait_for_a_stalled_image_nor_for_the_others(stalling_images, pretrain, tmp_path, monkeypatch):
+    """Of several ranks: here the only one."""
+    for name, value in dict(
+        RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=free_port()
+    ).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(hooks.StopOnSignal, "GRACE", 1)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    stall_after_a_step(stalling_images, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        check_that_all_steps_are_saved(pretrain, stalling_images, tmp_path)
+        assert dist.is_initialized()  # it left without the others
+    finally:
+        dist.destroy_process_group()
+
+
+def check_that_all_steps_are_saved(pretrain, images, tmp_path, *flags):
+    folder = tmp_path / "out"
+    result = pretrain(*STALLING, "--data_path", images, "--output_dir", folder, "--picture_freq", 0, *flags)
     assert result.status == 75 and "stopped by SIGTERM: saved" in result.out
-    step = max(checkpoints.checkpoint_position(path) for path in (tmp_path / "out").glob("*.pth"))
-    losses = result.out.count("  loss ")
-    assert 4 * step[0] + step[1] == losses  # every step that was done
+    step = max(checkpoints.checkpoint_position(path) for path in folder.glob("*.pth"))
+    assert 4 * step[0] + step[1] == result.out.count("  loss ")
 
 
 def test_a_stalled_image_is_named(stalling_images, pretrain, monkeypatch):
