@@ -96,7 +96,7 @@ class _MLP(torch.autograd.Function):
             grad_scale = passes.gelu_dot(h, a, grad_a)
         if folds_affine(x):
             grad_weight2 = torch.addcmul(grad_weight2, grad_bias2[:, None], beta)
-            grad_beta = grad_bias2 @ weight2.to(norm.dtype)
+            grad_beta = sum_rows(weight2, grad_bias2)
         else:
             grad_beta = grad_a.sum((0, 1), dtype=norm.dtype)
         # y = scale a
@@ -110,7 +110,7 @@ class _MLP(torch.autograd.Function):
         if folds_affine(x):
             grad_z = grad_h @ (weight1 * norm_weight).to(dtype)
             grad_x, _, _ = norm_gradients(grad_z, x, x_mean, x_rstd)
-            grad_norm_weight, grad_norm_bias = (grad_weight1 * weight1).sum(0), grad_bias1 @ weight1.to(norm.dtype)
+            grad_norm_weight, grad_norm_bias = (grad_weight1 * weight1).sum(0), sum_rows(weight1, grad_bias1)
             grad_weight1 = torch.addcmul(grad_weight1 * norm_weight, grad_bias1[:, None], norm_bias)
         else:
             affine = norm_weight.to(dtype), norm_bias.to(dtype)
@@ -122,6 +122,16 @@ class _MLP(torch.autograd.Function):
             grad_x, grad_norm_weight, grad_norm_bias, grad_weight1, grad_bias1, grad_gamma, grad_beta,
             grad_weight2, grad_bias2,
         )  # fmt: skip
+
+
+def sum_rows(weight, factors):
+    """factors (M,) @ weight (M, K), in the dtype of factors.
+
+    Not as a matrix product where the step is compiled: autocast would round it, and Inductor fuses a sum.
+    """
+    if torch.compiler.is_compiling():
+        return (weight * factors[:, None]).sum(0)
+    return factors @ weight.to(factors.dtype)
 
 
 def norm_gradients(grad, x, mean, rstd, weight=None, bias=None):

@@ -128,8 +128,9 @@ def dies(args):
 
 
 def test_a_report_is_whole_whatever_a_check_does(tmp_path, narrow, capsys, monkeypatch):
-    checks = {raises: 9, hangs: 0.3, dies: 9}
-    checks |= dict.fromkeys([gpu_report.machine, gpu_report.equals_dense_masked, gpu_report.base_eager], 60)
+    """And every check runs, but for one that trains for minutes, as other tests do, and one that needs a whole atto."""
+    checks = {raises: 9, hangs: 0.3, dies: 9} | gpu_report.CHECKS
+    del checks[gpu_report.resume], checks[gpu_report.finetuning]
     monkeypatch.setattr(gpu_report, "CHECKS", checks)
     written = []
     monkeypatch.setattr(gpu_report, "write_report", lambda *a, write=gpu_report.write_report: written.append(write(*a)))
@@ -138,8 +139,8 @@ def test_a_report_is_whole_whatever_a_check_does(tmp_path, narrow, capsys, monke
     assert len(written) == 1 + len(checks)
     report = json.loads((tmp_path / "report.json").read_text())
     status = {name: outcome["status"] for name, outcome in report["checks"].items()}
-    expected = dict(raises="failed", hangs="timeout", dies="killed", machine="ok", equals_dense_masked="ok")
-    assert status == expected | dict(base_eager="ok"), report
+    failures = dict(raises="failed", hangs="timeout", dies="killed")
+    assert status == failures | {check.__name__: "ok" for check in checks if check.__name__ not in failures}, report
     assert report["checks"]["raises"]["error"] == "ZeroDivisionError: by zero"
     assert report["checks"]["base_eager"]["result"]["images_per_s"] > 0
     assert "equals dense masked: float32 True, bfloat16 True" in report["verdicts"]
@@ -151,6 +152,27 @@ def test_a_report_leaves_out_what_its_budget_does_not_allow(tmp_path, monkeypatc
     monkeypatch.setattr(gpu_report, "CHECKS", {gpu_report.machine: 9})
     gpu_report.main(gpu_report.get_args_parser().parse_args(["--output", str(tmp_path), "--dry", "--budget", "1"]))
     assert json.loads((tmp_path / "report.json").read_text())["checks"]["machine"]["status"] == "left out"
+
+
+def test_verdicts_compare_what_was_measured_with_bounds():
+    """By the ceilings of this GPU: gemm 36.1 GFLOP / 361 TFLOP/s = 100 us, depthwise 26 MB / 2 TB/s = 13 us."""
+    results = dict(
+        ceilings=dict(copy_gb_per_s=2000, bfloat16_tflops=361.0),
+        base_compiled=dict(images_per_s=3000.0),
+        base_dense_masked=dict(images_per_s=1500.0),
+        profile=dict(gemm=110.0, depthwise=61.0, mlp=60.0, other=80.0),
+        resume=dict(float16=dict(same_bits=False)),
+    )
+    checks = {name: dict(status="ok", result=result) for name, result in results.items()}
+    checks["ddp"] = dict(status="failed", error="RuntimeError: no")
+    assert gpu_report.draw_verdicts(checks, dry=False) == [
+        "ddp: failed, RuntimeError: no",
+        "4,000 img/s: no, 3,000",
+        "gap to bound 1.73 (5,181 img/s)",
+        "largest excess, eager: depthwise 61 us an image for 13",
+        "2.00 times the speed of dense masked",
+        "killed and resumed in float16: OTHER BITS",
+    ]
 
 
 def test_out_of_memory_halves_the_batch_and_says_so():
@@ -232,7 +254,7 @@ def test_every_recipe_for_gpus_is_of_bfloat16():
 
 def test_dtypes_of_the_mlp_are_the_same_compiled():
     """Sums of parameters with gradients, in float32, are not matrix products that autocast would round."""
-    block, x = randomise(convnextv2.Block(8)), torch.randn(2, 5, 8)
+    block, x = randomise(convnextv2.Block(8)), torch.randn(4, 40, 8)  # so many that norm and beta are folded
 
     def gradients(mlp):
         with torch.autocast("cpu", torch.bfloat16):
@@ -241,4 +263,4 @@ def test_dtypes_of_the_mlp_are_the_same_compiled():
 
     eager = gradients(block.mlp)
     compiled = gradients(torch.compile(block.mlp, fullgraph=True, backend="aot_eager"))
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert all((a - b).norm() < 1e-6 * a.norm() for a, b in zip(eager, compiled, strict=True))

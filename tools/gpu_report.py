@@ -34,6 +34,7 @@ from utils import UserError, configure_cuda, to_device
 # Counted for base at 224, batch of 256, bfloat16 (see `tools.gpu_counts` and BENCHMARKS.md), an image
 GFLOP = 36.1  # matrix products
 MEGABYTES = 186  # of all other kernels under --compile
+EAGER_MEGABYTES = dict(gemm=120, depthwise=26, mlp=108, other=106)  # by the classes of `profile`
 GOAL = 4000  # images a second of base
 
 
@@ -430,6 +431,11 @@ def draw_verdicts(checks, dry):
         tops = results["ceilings"]
         bound = MEGABYTES * 1e3 / tops["copy_gb_per_s"] + GFLOP * 1e3 / tops["bfloat16_tflops"]
         lines.append(f"gap to bound {1e6 / speed['compiled'] / bound:.2f} ({1e6 / bound:,.0f} img/s)")
+    if not dry and {"profile", "ceilings"} <= results.keys():
+        bounds = {kind: size * 1e3 / results["ceilings"]["copy_gb_per_s"] for kind, size in EAGER_MEGABYTES.items()}
+        bounds["gemm"] = max(bounds["gemm"], GFLOP * 1e3 / results["ceilings"]["bfloat16_tflops"])
+        kind = max(bounds, key=lambda kind: results["profile"][kind] - bounds[kind])
+        lines.append(f"largest excess, eager: {kind} {results['profile'][kind]:.0f} us an image for {bounds[kind]:.0f}")
     if "dense_masked" in speed and "compiled" in speed:
         lines.append(f"{speed['compiled'] / speed['dense_masked']:.2f} times the speed of dense masked")
     if "equals_dense_masked" in results:
@@ -456,6 +462,9 @@ def main(args):
         raise UserError(f"--only {' '.join(args.only)}: must be among {', '.join(names)}")
     if not args.dry and not torch.cuda.device_count():
         raise UserError("no CUDA GPU is visible; --dry runs the checks in small on the CPU")
+    if args.dry:
+        import timm  # noqa: F401
+        import torch._dynamo  # noqa: F401  (here once: else each check, a fork, would)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     report, start = dict(dry=args.dry, budget=args.budget, verdicts=[], checks={}), time.perf_counter()
