@@ -1,10 +1,14 @@
 """Shared by the tests: small images, and the script run in this process as from a command line."""
 
 import functools
+import io
 import json
+import multiprocessing
+import os
 import signal
 import socket
 import sys
+import threading
 
 import utils  # isort: skip  (before torch)
 import numpy as np
@@ -15,7 +19,7 @@ from PIL import Image
 import checkpoints
 import main_finetune
 import main_pretrain
-from flags import FlagParser
+from flags import FlagParser, run_script
 from models import convnextv2, fcmae
 
 torch.set_num_threads(1)  # two processes test at a time, see Makefile
@@ -152,6 +156,79 @@ def pretrain(capsys, monkeypatch):
 def finetune(capsys, monkeypatch):
     """finetune(*flags): main_finetune.py, see `run_script_here`."""
     return lambda *flags: run_script_here(main_finetune, flags, monkeypatch, capsys)
+
+
+class Fork:
+    """A script with flags in a process of its own, as a `subprocess.Popen`, but forked, as importing takes seconds."""
+
+    def __init__(self, module, flags, **environment):
+        reader, writer = os.pipe()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=run_as_script, args=(module, flags, environment, writer))
+        self.process.start()
+        os.close(writer)
+        self.stdout, self.pid = open(reader), self.process.pid
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self):
+        self.process.join()
+        return self.returncode
+
+    def send_signal(self, signum):
+        os.kill(self.pid, signum)
+
+    def kill(self):
+        self.process.kill()
+
+    def communicate(self, timeout=120):
+        """The rest of what it prints, and None; killed if it has not ended after so many seconds."""
+        timer = threading.Timer(timeout, self.kill)
+        timer.start()
+        out = self.stdout.read()
+        self.wait()
+        timer.cancel()
+        return out, None
+
+
+def run_as_script(module, flags, environment, writer):
+    """In a child: run a script, in a session of its own; what it prints goes to a pipe."""
+    os.setsid()
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    for number in (1, 2):
+        os.dup2(writer, number)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb"), line_buffering=True)
+    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb"), line_buffering=True)
+    sys.argv = [f"{module.__name__}.py", *map(str, flags)]
+    run_script(module.main, module.get_args_parser(), module.__doc__)
+
+
+def end(process, seconds=120):
+    """Exit status and the rest of the output of a process that ends by itself."""
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, out
+
+
+def finish(process):
+    """Its output, once it has ended well."""
+    status, out = end(process)
+    assert status == 0, out
+    return out
+
+
+def two_ranks(module, *flags, second=()):
+    """A script in two forks, as a launcher starts it that does not watch them; second: more flags of that one."""
+    job = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=2)
+    more = [(), second]
+    return [Fork(module, [*flags, *more[rank]], RANK=rank, LOCAL_RANK=rank, **job) for rank in (0, 1)]
 
 
 def free_port():

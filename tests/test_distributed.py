@@ -10,8 +10,23 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, TINY, assert_same_weights, draw_images, free_port, log_lines, weights
+from conftest import (
+    SMALL,
+    TINY,
+    Fork,
+    assert_same_weights,
+    draw_images,
+    end,
+    finish,
+    free_port,
+    log_lines,
+    two_ranks,
+    weights,
+)  # fmt: skip
 from torch.nn.parallel import DistributedDataParallel
+
+import main_finetune
+import main_pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6  # an epoch, of 8 images
@@ -44,19 +59,11 @@ def recipes(images):
     }
 
 
-def start(script, *flags, launcher, **environment):
-    """Start a script in another process, with one thread."""
-    command = [sys.executable, *launcher, f"{script}.py", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+def start(module, *flags, launcher):
+    """Start a script by a launcher, with one thread a process."""
+    command = [sys.executable, *launcher, f"{module.__name__}.py", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, **pipes)
-
-
-def start_two(script, *flags, second=()):
-    """Start a script in two processes, as a launcher does that does not watch them; second: more flags of that one."""
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    more = {"0": (), "1": second}
-    return [start(script, *flags, *more[rank], launcher=(), RANK=rank, LOCAL_RANK=rank, **job) for rank in "01"]
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
 def process_of_rank(rank, parent):
@@ -75,45 +82,33 @@ def wait_for(process, line):
     raise AssertionError(f"{line!r} was not printed")
 
 
-def end(process, seconds=120):
-    """Exit status and the rest of the output of a process that ends by itself."""
-    try:
-        out, _ = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
-    return process.returncode, out
-
-
-def finish(process):
-    status, out = end(process)
-    assert status == 0, out
-    return out
-
-
 class Runs:
     """Whole runs of one script: of 2 ranks x batch 4, of 1 x 8, and of 1 x 4 with 2 accumulated."""
 
-    def __init__(self, script, flags, folder):
-        self.script, self.flags = script, flags
+    def __init__(self, module, flags, folder):
+        self.module, self.flags = module, flags
         self.two, self.one, self.accumulated = (folder / name for name in ("two", "one", "accumulated"))
-        alone = [
-            start(script, *flags, "--batch_size", 8, "--output_dir", self.one, launcher=()),
-            start(script, *flags, "--batch_size", 4, "--update_freq", 2, "--output_dir", self.accumulated, launcher=()),
-        ]
-        for process in [*alone, self.start_two_by_torchrun(self.two)]:
-            finish(process)
+        self.run_on_two(self.two)
+        for output, batch in (
+            (self.one, ["--batch_size", 8]),
+            (self.accumulated, ["--batch_size", 4, "--update_freq", 2]),
+        ):
+            finish(Fork(module, [*flags, *batch, "--output_dir", output]))
 
-    def start_two_by_torchrun(self, folder, *options):
-        launcher = [*TORCHRUN, *options]
-        return start(self.script, *self.flags, "--batch_size", 4, "--output_dir", folder, launcher=launcher)
+    def run_on_two(self, folder):
+        return [finish(process) for process in self.start_two(folder)][0]
+
+    def start_two(self, folder, *options, **more):
+        return two_ranks(self.module, *self.flags, "--batch_size", 4, "--output_dir", folder, *options, **more)
 
 
-@pytest.fixture(scope="session", params=["main_pretrain", "main_finetune"])
+@pytest.fixture(scope="session", params=[main_pretrain, main_finetune], ids=lambda module: module.__name__)
 def runs(request, recipes, tmp_path_factory):
-    return Runs(request.param, recipes[request.param], tmp_path_factory.mktemp(request.param))
+    name = request.param.__name__
+    return Runs(request.param, recipes[name], tmp_path_factory.mktemp(name))
 
 
-pretraining = pytest.mark.parametrize("runs", ["main_pretrain"], indirect=True)
+pretraining = pytest.mark.parametrize("runs", [main_pretrain], indirect=True, ids=["main_pretrain"])
 
 
 def assert_close(run, other):
@@ -150,7 +145,7 @@ def test_as_many_processes_go_on_bit_for_bit_whatever_starts_them(runs, tmp_path
     folder = copy_middle(runs.two, tmp_path / "run")
     launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
     flags = [*runs.flags, "--batch_size", 4, "--output_dir", folder]
-    out = finish(start(runs.script, *flags, launcher=launcher))
+    out = finish(start(runs.module, *flags, launcher=launcher))
     assert f"resuming from {folder / MIDDLE}: epoch 0, step {STEPS // 2}" in out and "2 ranks" in out
     assert_same(runs.two, folder)
 
@@ -158,23 +153,22 @@ def test_as_many_processes_go_on_bit_for_bit_whatever_starts_them(runs, tmp_path
 @pretraining
 def test_another_number_of_processes_goes_on_with_the_same_batches(runs, tmp_path):
     folder = copy_middle(runs.two, tmp_path / "from two to one")
-    finish(start(runs.script, *runs.flags, "--batch_size", 8, "--output_dir", folder, launcher=()))
+    finish(Fork(runs.module, [*runs.flags, "--batch_size", 8, "--output_dir", folder]))
     assert_close(runs.one, folder)
     folder = copy_middle(runs.one, tmp_path / "from one to two")
-    finish(runs.start_two_by_torchrun(folder))
+    runs.run_on_two(folder)
     assert_close(runs.one, folder)
 
 
 @pretraining
 def test_a_mistake_or_a_loss_that_is_not_finite_on_one_process_ends_all_with_one_line(runs, tmp_path):
-    flags = [*runs.flags, "--batch_size", 4, "--output_dir", tmp_path]
-    first, second = start_two(runs.script, *flags, second=["--data_path", "/nowhere"])
-    (status, out), (other_status, other_out) = end(first), end(second)
+    ends = [end(process) for process in runs.start_two(tmp_path, second=["--data_path", "/nowhere"])]
+    (status, out), (other_status, other_out) = ends
     assert status == other_status == 2 and "Traceback" not in out + other_out and "error" not in other_out
     assert f"error: rank 1, on {socket.gethostname()}: --data_path /nowhere" in out
-    _, (status, out) = [end(process) for process in start_two(runs.script, *flags, second=["--min_lr", 1])]
+    _, (status, out) = [end(process) for process in runs.start_two(tmp_path, second=["--min_lr", 1])]
     assert status == 2 and f"error: rank 1, on {socket.gethostname()}: --min_lr 1.0: must be at most" in out
-    ends = [end(process) for process in start_two(runs.script, *flags, "--lr", 1e30, "--warmup_epochs", 0)]
+    ends = [end(process) for process in runs.start_two(tmp_path, "--lr", 1e30, "--warmup_epochs", 0)]
     assert [status for status, _ in ends] == [1, 1]
     assert "in epoch 0, step" in ends[0][1] and "error" not in ends[1][1]
     assert len(set((tmp_path / "nonfinite_batch.txt").read_text().splitlines())) == 8  # of both
@@ -193,8 +187,7 @@ def test_only_the_last_accumulation_step_averages_gradients(images, pretrain, mo
 
 @pretraining
 def test_a_signal_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
-    flags = [*runs.flags, "--batch_size", 4, "--output_dir", tmp_path, "--save_ckpt_steps", 0]
-    processes = start_two(runs.script, *flags)
+    processes = runs.start_two(tmp_path, "--save_ckpt_steps", 0)
     wait_for(processes[0], "epoch 0/2  step 3/")
     processes[1].send_signal(signal.SIGUSR2)
     processes[1].send_signal(signal.SIGTERM)
@@ -202,13 +195,14 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
     assert [status for status, _ in ends] == [75, 75], ends
     assert "stopped by SIGUSR2" in ends[0][1]
     assert len(list(tmp_path.glob("*.pth"))) == 1
-    finish(runs.start_two_by_torchrun(tmp_path))
+    runs.run_on_two(tmp_path)
     assert_same(runs.two, tmp_path)
 
 
 @pretraining
 def test_after_a_kill_torchrun_restarts_from_the_newest_checkpoint(runs, tmp_path):
-    torchrun = runs.start_two_by_torchrun(tmp_path, "--max-restarts=1")
+    flags = [*runs.flags, "--batch_size", 4, "--output_dir", tmp_path]
+    torchrun = start(runs.module, *flags, launcher=[*TORCHRUN, "--max-restarts=1"])
     wait_for(torchrun, "epoch 1/2  step 2/")
     os.kill(process_of_rank(1, torchrun.pid), signal.SIGKILL)
     assert "resuming from" in finish(torchrun)
@@ -218,8 +212,7 @@ def test_after_a_kill_torchrun_restarts_from_the_newest_checkpoint(runs, tmp_pat
 @pretraining
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "silent"])
 def test_when_one_process_goes_the_other_ends_too(runs, tmp_path, how):
-    flags = [*runs.flags, "--batch_size", 4, "--output_dir", tmp_path, "--dist_timeout", 10]
-    processes = start_two(runs.script, *flags)
+    processes = runs.start_two(tmp_path, "--dist_timeout", 10)
     wait_for(processes[0], "epoch 0/2  step 3/")
     processes[1].send_signal(how)
     begin = time.monotonic()

@@ -7,18 +7,14 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import SMALL, assert_same_weights, log_lines, weights
+from conftest import SMALL, Fork, assert_same_weights, finish, log_lines, weights
 
 import checkpoints
+import main_pretrain
 import utils
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -31,11 +27,11 @@ def terms(request):
     return request.config.getoption("--terms")
 
 
-def command(images, folder, epochs):
-    """A run of 5 steps an epoch that takes half a second for a step and its checkpoint."""
+def flags_of(images, folder, epochs):
+    """Of a run of 5 steps an epoch that takes half a second for a step and its checkpoint."""
     flags = [*SMALL, "--data_path", images, "--output_dir", folder, "--epochs", epochs, "--num_workers", 2]
     flags += "--batch_size 2 --update_freq 2 --use_amp true --warmup_epochs 1 --picture_freq 0".split()
-    return [*map(str, [sys.executable, "main_pretrain.py", *flags, "--print_freq", 1, "--save_ckpt_steps", 1])]
+    return [*flags, "--print_freq", 1, "--save_ckpt_steps", 1]
 
 
 def half_written(folder):
@@ -45,7 +41,7 @@ def half_written(folder):
 def wait_for_moment(process, moment, folder, rng):
     """Let a run go on until its start-up, a step or a save is under way."""
     if moment == "start":
-        return time.sleep(rng.uniform(0, 6))
+        return time.sleep(rng.uniform(0, 2))
     lines = (line for line in process.stdout if line.startswith("epoch "))
     list(itertools.islice(lines, rng.randint(1, 3)))
     if moment == "step":
@@ -54,9 +50,9 @@ def wait_for_moment(process, moment, folder, rng):
         time.sleep(0.001)
 
 
-def interrupt(command, signum, moment, folder, rng):
+def interrupt(flags, signum, moment, folder, rng):
     """Start a run and send it a signal at that moment. Returns its exit status."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = Fork(main_pretrain, flags)
     wait_for_moment(process, moment, folder, rng)
     if signum == signal.SIGKILL:
         os.killpg(process.pid, signum)  # its loader workers too
@@ -74,17 +70,16 @@ def test_interrupted_at_random_moments_it_ends_with_the_same_weights(image_folde
     epochs = max(2, len(plan))
     reference, folder = tmp_path / "uninterrupted", tmp_path / "interrupted"
     folder.mkdir()
-    subprocess.run(command(image_folder, reference, epochs), cwd=ROOT, check=True, capture_output=True)
-    run, within_a_save = command(image_folder, folder, epochs), 0
+    finish(Fork(main_pretrain, flags_of(image_folder, reference, epochs)))
+    flags, within_a_save = flags_of(image_folder, folder, epochs), 0
     for signum, moment in plan:
-        status = interrupt(run, signum, moment, folder, rng)
+        status = interrupt(flags, signum, moment, folder, rng)
         assert status == (utils.STOPPED if signum == signal.SIGTERM else -signal.SIGKILL)
         within_a_save += bool(half_written(folder))
         for path in folder.glob("checkpoint-*"):
             checkpoints.load_checkpoint(path)
     assert within_a_save >= kills // 3
-    last = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "resuming from" in last.stdout
+    assert "resuming from" in finish(Fork(main_pretrain, flags))
     final = f"checkpoint-{epochs - 1}.pth"
     assert_same_weights(weights(folder, final), weights(reference, final))
     assert not list(folder.glob(".*"))  # nor is a half-written file left

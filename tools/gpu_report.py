@@ -463,8 +463,8 @@ def main(args):
     if not args.dry and not torch.cuda.device_count():
         raise UserError("no CUDA GPU is visible; --dry runs the checks in small on the CPU")
     if args.dry:
-        import timm  # noqa: F401
-        import torch._dynamo  # noqa: F401  (here once: else each check, a fork, would)
+        for name in ("timm", "torch._dynamo"):  # here once: else each check, a fork, would import them
+            importlib.import_module(name)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     report, start = dict(dry=args.dry, budget=args.budget, verdicts=[], checks={}), time.perf_counter()
