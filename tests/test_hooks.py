@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def small(image_folder):
+def small(image_folder, narrow):
     """5 steps an epoch: 22 images in batches of 4."""
     return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
 
@@ -93,7 +93,7 @@ def test_no_observer_and_no_order_of_them_changes_a_weight(
     assert log_lines(tmp_path / "backwards") == log_lines(observed)
 
 
-def test_nor_in_fine_tuning(labelled_folder, finetune, tmp_path, monkeypatch):
+def test_nor_in_fine_tuning(labelled_folder, narrow, finetune, tmp_path, monkeypatch):
     flags = [*TINY, *"--batch_size 4 --epochs 2 --warmup_epochs 1 --model_ema true".split()]
     flags += ["--data_path", labelled_folder]
     finetune(*flags, "--output_dir", tmp_path / "all", "--profile_steps", "2:4")
