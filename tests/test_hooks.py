@@ -194,9 +194,9 @@ def test_a_hook_may_keep_a_state_in_the_checkpoint(small, pretrain, tmp_path, mo
         def load_state_dict(self, state):
             self.steps = state
 
-    with_hook(monkeypatch, Count())
-    pretrain(*small, "--epochs", 1, "--output_dir", tmp_path, "--picture_freq", 0)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        with_hook(patch, Count())
+        pretrain(*small, "--epochs", 1, "--output_dir", tmp_path, "--picture_freq", 0)
     with_hook(monkeypatch, Count())
     pretrain(*small, "--output_dir", tmp_path, "--picture_freq", 0)
     assert counts == [5, 10]
@@ -341,7 +341,7 @@ def test_the_trace_opens_and_holds_the_steps_that_were_asked_for(observed):
     names = [event["name"] for event in trace if event.get("ph") == "X"]
     assert sum(name.startswith("Optimizer.step") for name in names) == 2 and "aten::addmm" in names
     out = (observed / "stdout.txt").read_text()
-    assert "steps 1 to 2, traced in" in out and "Self CPU %" in out and "aten::addmm" in out
+    assert "steps 1 to 2, traced in" in out and "Self CPU %" in out and "aten::" in out
 
 
 def test_steps_that_do_not_come_are_reported(small, pretrain, tmp_path):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def small(image_folder, narrow):
+def small(image_folder):
     """5 steps an epoch: 22 images in batches of 4."""
     return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
 

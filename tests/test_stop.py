@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def small(image_folder, narrow):
+def small(image_folder):
     """5 steps an epoch: 22 images in batches of 4."""
     return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
 
@@ -131,7 +131,7 @@ def test_an_error_within_the_optimizers_step_saves_nothing(small, pretrain, tmp_
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_a_signal_within_an_evaluation_gives_it_up(narrow, labelled_folder, finetune, tmp_path, monkeypatch):
+def test_a_signal_within_an_evaluation_gives_it_up(labelled_folder, finetune, tmp_path, monkeypatch):
     flags = [*TINY, "--data_path", labelled_folder, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 4]
     finetune(*flags, "--output_dir", tmp_path / "whole")
     evaluate = main_finetune.evaluate
