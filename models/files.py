@@ -18,7 +18,7 @@ import torch
 
 from . import convnextv2
 
-METADATA = ("config", "args", "class_names")  # what tools need of a checkpoint beside its weights
+METADATA = ("config", "args", "class_names", "task")  # what tools need of a checkpoint beside its weights
 
 
 def is_torch_file(path):
