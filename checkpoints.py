@@ -556,9 +556,9 @@ def check_same_task(checkpoint, run, path):
     classification = {"kind": "classification"}  # older checkpoints say nothing
     current = run.task.state_dict() if run.task else classification
     saved = classification | (checkpoint.get("task") or {})
-    for name in current.keys() - {"loss"}:
-        if saved.get(name) != current[name]:
-            problem = f"cannot resume: {name} of the targets is {saved.get(name)}, that of the data {current[name]}"
+    for name, value in current.items():
+        if name != "loss" and saved.get(name) != value:
+            problem = f"cannot resume: {name} of the targets is {saved.get(name)}, that of the data {value}"
             raise UserError(f"{path}: {problem}; use the same data and kind of --loss, or give it as --finetune")
 
 

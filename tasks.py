@@ -236,6 +236,10 @@ class Classification(Task):
     def fit(cls, loss, labels):
         if len(labels.texts) == 1:
             raise ValueError(f"has one class only, {labels.texts[0]}: nothing to tell apart")
+        if len(labels.columns) > 1:
+            raise ValueError(
+                f"--label_column {','.join(labels.columns)}: one column for --loss {loss}, several for others"
+            )
         joined = next((text for text in labels.texts if SEPARATOR in text), None)
         if joined is not None:
             log(f"NOTE: {joined} counts as one class; where images have several, give --loss bce")
@@ -525,7 +529,7 @@ def parse_numbers(texts, count, accepted, values=None):
             with contextlib.suppress(ValueError):
                 row[place] = float({"True": 1, "False": 0}.get(word, word))
             if not np.isfinite(row[place]) or values and row[place] not in values:
-                raise ValueError(f"label {word.strip() or 'empty'}: must be {accepted}")
+                raise ValueError(f"label {word.strip() or text}: must be {accepted}")
     return table
 
 
