@@ -1,6 +1,8 @@
 """Tasks: classes, several classes or numbers of an image; metrics and weights are scikit-learn's, losses torch's."""
 
 import csv
+import importlib
+import io
 import re
 import shutil
 from functools import partial
@@ -21,7 +23,8 @@ from sklearn.metrics import (
 )  # fmt: skip
 from sklearn.utils.class_weight import compute_class_weight
 
-from datasets import BalancedSampler
+import main_finetune
+from datasets import BalancedSampler, build_labelled_sets
 from run import is_better
 from tasks import (
     ClassEvaluation,
@@ -34,7 +37,7 @@ from tasks import (
     find_task,
     restore_task,
 )  # fmt: skip
-from tools import predict
+from tools import convert, predict, probe
 
 
 def test_metrics_agree_with_scikit_learn():
@@ -224,6 +227,66 @@ def test_labels_must_be_those_of_the_model():
         Regression("mse", ["y", "x"], [0, 0], [1, 1]).read_targets(Labels(["1;2"], np.array([0]), ["x", "y"]))
     with pytest.raises(ValueError, match="^its task is .*'segmentation'.*; known are multi-label"):
         restore_task({"class_names": ["a"], "task": {"kind": "segmentation", "loss": "ce"}})
+
+
+def build_args(path, *flags):
+    command = [*TINY, "--batch_size", 2, "--data_path", path, *flags]
+    return main_finetune.get_args_parser().parse_args([*map(str, command)])
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_labels_in_tables_may_be_lists_and_answers(tmp_path, ending):
+    """In Parquet a list of one name, or of none, is no name; in a list "a" would be."""
+    png = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(png, "PNG")
+    names, sizes = [["b"], [], ["a"], ["b"]], [[1.5, 2.0], [3.0, 4.0], [1.0, 2.0], [0.0, 1.0]]
+    answers = [True, False, True, True]
+    path = tmp_path / f"train.{ending}"
+    if ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow.parquet")
+        columns = {
+            "image": [png.getvalue()] * 4,
+            "names": names,
+            "sizes": sizes,
+            "has_a": answers,
+            "has_b": answers[::-1],
+        }
+        pyarrow.write_table(importlib.import_module("pyarrow").table(columns), path)
+    else:
+        rows = ["path,names,sizes,has_a,has_b"]
+        for number in range(4):
+            (tmp_path / f"{number}.png").write_bytes(png.getvalue())
+            size, has = ";".join(map(str, sizes[number])), f"{answers[number]},{answers[3 - number]}"
+            rows.append(f"{number}.png,{';'.join(names[number])};,{size},{has}")
+        path.write_text("\n".join(rows))
+
+    def read(flags):
+        dataset, _, task = build_labelled_sets(build_args(path, "--disable_eval", *flags.split()))
+        order = np.argsort([dataset.images.name(i) for i in range(4)])
+        return task, dataset.targets[order].tolist()
+
+    task, targets = read("--label_column names --loss bce")
+    assert (task.names, targets) == (["a", "b"], [[0, 1], [0, 0], [1, 0], [0, 1]])
+    assert read("--label_column has_a,has_b --loss bce")[1] == [[1, 1], [0, 1], [1, 0], [1, 1]]
+    task, _ = read("--label_column sizes --loss mse")
+    assert (task.names, task.mean) == (["sizes0", "sizes1"], [1.375, 2.25])
+
+
+def test_a_part_of_numbers_is_held_out_and_its_list_can_be_read(table, tmp_path):
+    """Each number occurs once: nothing could be held out of each class."""
+    flags = ["--label_column", "weight,age", "--loss", "mse", "--val_fraction", 0.25, "--output_dir", tmp_path]
+    train, held_out, task = build_labelled_sets(build_args(table, *flags))
+    assert (len(train.targets), len(held_out.targets)) == (12, 4)  # of the 16 of train
+    flags = ["--eval_data_path", tmp_path / "validation.csv", "--eval", *flags[:4]]
+    _, again, _ = build_labelled_sets(build_args(table, *flags), task)
+    assert again.targets.tolist() == held_out.targets.tolist()
+    assert [again.images.name(i) for i in range(4)] == [held_out.images.name(i) for i in range(4)]
+
+
+def test_digits_are_numbers_too():
+    _, evaluation, task = build_labelled_sets(build_args("", "--data_set", "DIGITS", "--loss", "mse", "--in_chans", 1))
+    numbers = evaluation.targets[:, 0] * task.std[0] + task.mean[0]
+    assert np.allclose(numbers, evaluation.images.targets, atol=1e-5)
 
 
 # ---------------------------------------------------------------- runs
@@ -428,3 +491,17 @@ def test_mistakes_are_one_line(finetune, table, flags, words):
     odd = table.with_name("odd.csv")
     odd.write_text("path,empty,missing,same\n0.png,1,2,3\n1.png,,nan,3.0\n2.png,4,5,3\n3.png,4,5,3\n")
     assert_one_line(finetune(*read_flags(flags, {"odd": odd}, table)), words)
+
+
+def test_tools_take_checkpoints_of_every_task(trained, monkeypatch, capsys, tool, table, labelled_folder, tmp_path):
+    """Converted files predict the same; a probe takes the features of any."""
+    pytest.importorskip("safetensors")
+    for name, checkpoint in trained.items():
+        rows, _ = predict_table(tool, checkpoint, table, tmp_path)
+        for kind, output in (("safetensors", tmp_path / f"{name}.safetensors"), ("hf", tmp_path / name)):
+            flags = [checkpoint, output, "--to", kind]
+            assert run_script_here(convert, flags, monkeypatch, capsys).status == 0
+            assert predict_table(tool, output, table, tmp_path)[0] == rows
+    flags = ["--checkpoint", trained["numbers"], "--data_path", labelled_folder, "--num_workers", 0]
+    result = run_script_here(probe, [*flags, "--device", "cpu"], monkeypatch, capsys)
+    assert result.status == 0 and "linear" in result.out, result.err
