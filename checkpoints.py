@@ -11,7 +11,7 @@
         events.out.tfevents.*   TensorBoard
         profile-10-20.pt.trace.json.gz (--profile_steps 10:20)
         reconstruction-0009.png (pre-training)
-        confusion.png, confusion.csv, per_class.csv (fine-tuning, evaluation)
+        confusion.png, confusion.csv, per_class.csv or per_target.csv (fine-tuning, evaluation)
 
 A checkpoint is a dict, readable by `torch.load(path, weights_only=True)`:
 
@@ -21,7 +21,8 @@ A checkpoint is a dict, readable by `torch.load(path, weights_only=True)`:
     optimizer, scaler       state dicts
     epoch, step             where to resume: epochs done, and optimizer steps done after them
     args                    the flags
-    ...                     `Run.state_dict()`: losses of the epoch so far, best values, names of classes, hooks' states
+    class_names, task       of fine-tuning: names of the outputs, and what they mean, see `tasks.Task.state_dict`
+    ...                     `Run.state_dict()`: losses of the epoch so far, best values, hooks' states
 """
 
 import argparse

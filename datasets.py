@@ -361,12 +361,12 @@ class BalancedSampler(EpochSampler):
         slots = permute(np.arange(start, start + self.batch_size), self.num_samples, *key)
         draws, classes = np.divmod(slots, len(self.counts))
         draws += epoch * -(-self.num_samples // len(self.counts))
-        keys = []
-        for cls, draw in zip(classes.tolist(), draws.tolist(), strict=True):
-            count = int(self.counts[cls])
-            place = permute([draw % count], count, self.seed, cls, draw // count)[0]
-            keys.append((epoch, int(self.by_class[self.starts[cls] + place]), draw // count))
-        return keys
+        rounds, places = np.divmod(draws, self.counts[classes])
+        for cls, number in set(zip(classes.tolist(), rounds.tolist(), strict=True)):
+            same = (classes == cls) & (rounds == number)
+            places[same] = permute(places[same], int(self.counts[cls]), self.seed, cls, number)
+        indices = self.by_class[self.starts[classes] + places]
+        return [(epoch, *key) for key in zip(indices.tolist(), rounds.tolist(), strict=True)]
 
     def batch_indices(self, epoch, batch):
         return [index for _, index, _ in self.batch_keys(epoch, batch)]

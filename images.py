@@ -68,7 +68,9 @@ class ClassFolders(ImageFolder):
         index = self.index
         if len(index) and index.target[0] < 0:  # those come first
             name = index.path_in_part(0)
-            beside = "has no label" if self.source.files else "lies beside the class folders; give one folder a class"
+            beside = "lies beside the class folders; give one folder a class"
+            if self.source.files:
+                beside = f"has no label; give it one, with --loss bce {shards.SEPARATOR} for none of the classes"
             raise UserError(f"{self.source}: {name} {beside}")
         for names in index.meta["same"]:
             raise UserError(f"{self.source}: the classes {' and '.join(names)} are one folder; keep one of them")

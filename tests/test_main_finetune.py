@@ -396,6 +396,9 @@ def output(process):
         ("--input_size 48", "--train_interpolation bilinear"),
         ("--aa none", "--imagenet_default_mean_and_std false"),  # --aa fills with the mean
         ("", "--images_per_class 2"),
+        ("--images_per_class 8", "--class_weights balanced"),
+        ("--images_per_class 8 --loss bce", "--class_weights balanced"),
+        ("", "--shuffle balanced"),
     ],
 )
 def test_flags_of_the_training_change_the_weights(once, brief, narrow, finetune, tmp_path, before, flags):

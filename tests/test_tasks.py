@@ -392,6 +392,15 @@ def test_a_run_logs_what_scikit_learn_makes_of_its_predictions(run, tool, table,
     assert list(state["best"]) == [watched] and not (output / "confusion.csv").exists()
 
 
+@pytest.mark.parametrize(("name", "metric", "least"), [("names", "test_mAP", 90), ("number", "test_r2", 0.3)])
+def test_a_task_is_learned(finetune, narrow, table, tmp_path, name, metric, least):
+    flags = TASKS[name].split()[:4]
+    result = finetune(
+        *TINY, "--data_path", table, *BRIEF, *flags, *"--epochs 15 --lr 5e-3".split(), "--output_dir", tmp_path
+    )
+    assert result.status == 0 and log_lines(tmp_path)[-1][metric] > least, result.out
+
+
 def test_an_evaluation_repeats_the_training_by_the_checkpoint_alone(run, finetune, table):
     _, _, output = run
     result = finetune(*TINY, "--data_path", table, "--eval", "--resume", output / "checkpoint-1.pth")
