@@ -516,8 +516,13 @@ def find_column(source, titles, options, name):
 
 def find_label_columns(source, titles, options):
     """The titles of the columns of labels, of which --label_column may name several; none without the default one."""
-    columns = [options._replace(label_column=title) for title in split_columns(options.label_column)]
-    return list(filter(None, (find_column(source, titles, column, "label") for column in columns)))
+    columns = split_columns(options.label_column)
+    if len(columns) == 1:
+        return list(filter(None, [find_column(source, titles, options, "label")]))
+    for title in columns:
+        if title not in titles:
+            raise UserError(f"--label_column {title}: {source} has the columns {', '.join(titles)}")
+    return columns
 
 
 def split_columns(label_column):

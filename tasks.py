@@ -5,13 +5,13 @@ evaluation, a metric that decides the best checkpoint, and a form of predictions
 """
 
 import contextlib
-import functools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checkpoints import is_task
 from flags import fraction_below_1
 from index import sort_labels
 from shards import SEPARATOR, shorten
@@ -107,21 +107,20 @@ class MultiLabelEvaluation(Evaluation):
     def __init__(self, loss, targets, logits, unreadable=()):
         super().__init__(loss, targets > 0.5, unreadable)
         self.logits, self.predicted = logits, logits > 0
-
-    @functools.cache  # noqa: B019  (an evaluation is short-lived)
-    def per_class(self):
-        """By name, for each class (K,): images, average precision, and precision, recall and F1; nan for 0 / 0."""
         images, predicted = self.targets.sum(0), self.predicted.sum(0)
         correct = (self.predicted & self.targets).sum(0).double()
-        areas = [average_precision(*pair) for pair in zip(self.logits.T, self.targets.T, strict=True)]
-        columns = {"images": images, "average_precision": torch.stack(areas), "precision": correct / predicted}
-        return columns | {"recall": correct / images, "f1": 2 * correct / (predicted + images)}
+        areas = [average_precision(*pair) for pair in zip(logits.T, self.targets.T, strict=True)]
+        self.columns = {"images": images, "average_precision": torch.stack(areas), "precision": correct / predicted}
+        self.columns |= {"recall": correct / images, "f1": 2 * correct / (predicted + images)}
+
+    def per_class(self):
+        """By name, for each class (K,): images, average precision, and precision, recall and F1; nan for 0 / 0."""
+        return self.columns
 
     def metrics(self):
         """loss; in per cent: mAP and macro F1, means over the classes that occur, and micro F1, of all answers."""
-        columns, answers = self.per_class(), self.predicted.sum() + self.targets.sum()
-        occurs = columns["images"] > 0
-        mean_ap, macro = (100 * columns[name][occurs].mean().item() for name in ("average_precision", "f1"))
+        occurs, answers = self.columns["images"] > 0, self.predicted.sum() + self.targets.sum()
+        mean_ap, macro = (100 * self.columns[name][occurs].mean().item() for name in ("average_precision", "f1"))
         micro = 200 * ((self.predicted & self.targets).sum() / answers).nan_to_num().item()
         return {"loss": self.loss, "mAP": mean_ap, "f1_macro": macro, "f1_micro": micro}
 
@@ -237,9 +236,8 @@ class Classification(Task):
         if len(labels.texts) == 1:
             raise ValueError(f"has one class only, {labels.texts[0]}: nothing to tell apart")
         if len(labels.columns) > 1:
-            raise ValueError(
-                f"--label_column {','.join(labels.columns)}: one column for --loss {loss}, several for others"
-            )
+            columns = ",".join(labels.columns)
+            raise ValueError(f"--label_column {columns}: one column for --loss {loss}, several for others")
         joined = next((text for text in labels.texts if SEPARATOR in text), None)
         if joined is not None:
             log(f"NOTE: {joined} counts as one class; where images have several, give --loss bce")
@@ -404,7 +402,8 @@ class Regression(Task):
     def __init__(self, loss, names, mean, std):
         super().__init__(loss, names)
         self.mean, self.std = list(mean), list(std)
-        if not len(self.names) == len(self.mean) == len(self.std) or not np.isfinite(self.mean + self.std).all():
+        finite = np.isfinite(self.mean + self.std).all() and min(self.std) > 0
+        if not finite or not len(self.names) == len(self.mean) == len(self.std):
             raise ValueError(f"{len(self.names)} targets with means {mean} and deviations {std}")
 
     @property
@@ -491,12 +490,12 @@ def restore_task(checkpoint):
     """The task of a checkpoint; None for classes without names. Raises ValueError for one that is unknown here."""
     state, names = checkpoint.get("task") or {"kind": Classification.kind, "loss": "ce"}, checkpoint.get("class_names")
     known = {task.kind: task for task in TASKS}
-    if names is None and state["kind"] == Classification.kind:
-        return None
-    try:
-        return known[state["kind"]](names=names, **{name: value for name, value in state.items() if name != "kind"})
-    except (KeyError, TypeError):
-        raise ValueError(f"its task is {state}, of {names}; known are {', '.join(known)}") from None
+    if is_task(state) and state["kind"] in known and state["loss"] in known[state["kind"]].losses:
+        if names is None and state["kind"] == Classification.kind:
+            return None
+        with contextlib.suppress(TypeError):  # other arguments
+            return known[state["kind"]](names=names, **{name: state[name] for name in state if name != "kind"})
+    raise ValueError(f"its task is {state}, of {names}; known are {', '.join(known)}")
 
 
 # ---------------------------------------------------------------- labels as text, weights

@@ -24,6 +24,7 @@ from sklearn.metrics import (
 from sklearn.utils.class_weight import compute_class_weight
 
 import main_finetune
+import tasks
 from datasets import BalancedSampler, build_labelled_sets
 from run import is_better
 from tasks import (
@@ -277,10 +278,10 @@ def test_a_part_of_numbers_is_held_out_and_its_list_can_be_read(table, tmp_path)
     flags = ["--label_column", "weight,age", "--loss", "mse", "--val_fraction", 0.25, "--output_dir", tmp_path]
     train, held_out, task = build_labelled_sets(build_args(table, *flags))
     assert (len(train.targets), len(held_out.targets)) == (12, 4)  # of the 16 of train
-    flags = ["--eval_data_path", tmp_path / "validation.csv", "--eval", *flags[:4]]
-    _, again, _ = build_labelled_sets(build_args(table, *flags), task)
-    assert again.targets.tolist() == held_out.targets.tolist()
-    assert [again.images.name(i) for i in range(4)] == [held_out.images.name(i) for i in range(4)]
+    for path in (["--eval_data_path", tmp_path / "validation.csv"], flags[4:6]):
+        _, again, _ = build_labelled_sets(build_args(table, "--eval", *flags[:2], *path), task)
+        assert again.targets.tolist() == held_out.targets.tolist()
+        assert [again.images.name(i) for i in range(4)] == [held_out.images.name(i) for i in range(4)]
 
 
 def test_digits_are_numbers_too():
@@ -416,6 +417,21 @@ def test_a_run_resumes_exactly(run, finetune, tmp_path):
     assert log_lines(tmp_path)[-1] == log_lines(output)[-1]
 
 
+def test_a_task_of_ones_own_is_a_class(finetune, narrow, table, tmp_path, monkeypatch):
+    class Robust(Regression):
+        kind, losses = "robust regression", ("huber",)
+
+        def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
+            return torch.nn.functional.huber_loss
+
+    monkeypatch.setattr(tasks, "TASKS", (Robust, *tasks.TASKS))
+    flags = [*TINY, "--data_path", table, *BRIEF, "--output_dir", tmp_path]
+    trained = finetune(*flags, *"--label_column age --loss huber".split())
+    evaluated = finetune(*flags, "--eval")
+    assert "best test_mae so far" in trained.out and evaluated.status == 0, trained.err
+    assert re.findall("evaluation: .*", trained.out)[-1] in evaluated.out
+
+
 def assert_one_line(result, *words):
     assert result.status == 2 and len(result.err.splitlines()) == 1, result.err
     assert all(str(word) in result.err for word in words), result.err
@@ -424,12 +440,12 @@ def assert_one_line(result, *words):
 @pytest.fixture
 def trained(folder, finetune, narrow, table):
     """{name: checkpoint} of the runs above, and of one for classes."""
-    tasks = TASKS | {"classes": "--label_column red --class_weights balanced"}
-    for name, flags in tasks.items():
+    runs = TASKS | {"classes": "--label_column red --class_weights balanced"}
+    for name, flags in runs.items():
         if not (folder / name).exists():
             flags = ["--data_path", table, *BRIEF, *flags.split(), "--output_dir", folder / name]
             assert finetune(*TINY, *flags).status == 0
-    return {name: folder / name / "checkpoint-1.pth" for name in tasks}
+    return {name: folder / name / "checkpoint-1.pth" for name in runs}
 
 
 def read_flags(text, trained, table):
@@ -487,7 +503,7 @@ def test_a_head_of_the_same_task_is_kept(trained, finetune, table, tmp_path):
         ),
         ("--label_column age --loss mse --watch test_mAP", "must be one of train_loss, test_loss, test_r2, test_mae"),
         ("--label_column colors --loss mse", "label ;: must be a number for --loss mse"),
-        ("--label_column red,none --loss bce", "--label_column none: "),
+        ("--label_column label,red --loss bce", "--label_column label: "),
         ("--label_column red,blue", "--label_column red,blue: one column for --loss ce"),
         ("--label_column age --loss mse --nb_classes 5", "--nb_classes 5: the data has 1"),
         ("--class_weights some", "invalid choice: 'some'"),
