@@ -20,10 +20,8 @@ from utils import UserError, log
 
 def add_loss_args(parser):
     add = parser.add_argument_group("task and loss").add_argument
-    losses = (
-        "ce: cross-entropy, one class an image; bce: binary cross-entropy of each class, also for labels of several"
-    )
-    losses += f" classes separated by {SEPARATOR}; mse, l1: regression, mean squared or absolute error"
+    losses = "ce: cross-entropy, one class an image; bce: binary cross-entropy of each class, also of several an image"
+    losses += f", as in cat{SEPARATOR}dog; mse, l1: regression, mean squared or absolute error"
     choices = list(dict.fromkeys(loss for task in reversed(TASKS) for loss in task.losses))
     add("--loss", default="ce", choices=choices, help=losses)
     add("--smoothing", default=0.1, type=fraction_below_1, help="label smoothing of classes")
@@ -428,8 +426,9 @@ class Regression(Task):
         if args.class_weights:
             raise UserError(f"--class_weights {args.class_weights}: not for regression, which has no classes")
         if args.cutmix or args.cutmix_minmax:
-            reason = "not for regression: a piece of an image has no number of its own; --mixup is possible"
-            raise UserError(f"--{'cutmix' if args.cutmix else 'cutmix_minmax'}: {reason}")
+            flag = f"cutmix {args.cutmix}" if args.cutmix else "cutmix_minmax"
+            reason = "a piece of an image has no number of its own; leave it out, or give --mixup"
+            raise UserError(f"--{flag}: not for regression: {reason}")
 
     def state_dict(self):
         return super().state_dict() | {"mean": self.mean, "std": self.std}

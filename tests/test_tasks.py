@@ -22,10 +22,12 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )  # fmt: skip
 from sklearn.utils.class_weight import compute_class_weight
+from timm.data import Mixup
 
 import main_finetune
 import tasks
 from datasets import BalancedSampler, build_labelled_sets
+from engine_finetune import build_mixup
 from run import is_better
 from tasks import (
     ClassEvaluation,
@@ -146,6 +148,24 @@ def test_smoothing_of_a_question_is_towards_one_half():
     logits, truth = torch.randn(6, 4), (torch.rand(6, 4) < 0.5).float()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, 0.8 * truth + 0.1)
     assert MultiLabel("bce", "abcd").build_loss(0.2)(logits, truth).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_targets_are_mixed_as_by_timm_and_numbers_as_exactly(mode):
+    imgs, numbers = torch.rand(4, 3, 8, 8), torch.randn(4, 2) * 1000
+
+    def mix(targets, num_classes):
+        np.random.seed(0)
+        args = build_args("", *f"--batch_size 4 --mixup 0.8 --cutmix 1 --mixup_mode {mode}".split())
+        return build_mixup(args, num_classes)(imgs.clone(), targets)
+
+    np.random.seed(0)
+    theirs = Mixup(0.8, 1.0, mode=mode, label_smoothing=0.1, num_classes=3)(imgs.clone(), torch.tensor([0, 1, 2, 0]))
+    mixed, probabilities = mix(torch.tensor([0, 1, 2, 0]), 3)
+    assert torch.equal(mixed, theirs[0]) and torch.allclose(0.9 * probabilities + 0.1 / 3, theirs[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, mixed_numbers = mix(numbers, 2)
+    torch.testing.assert_close(mixed_numbers, mix(torch.arange(4), 4)[1] @ numbers)
 
 
 # ---------------------------------------------------------------- balanced order
@@ -393,13 +413,13 @@ def test_a_run_logs_what_scikit_learn_makes_of_its_predictions(run, tool, table,
     assert list(state["best"]) == [watched] and not (output / "confusion.csv").exists()
 
 
-@pytest.mark.parametrize(("name", "metric", "least"), [("names", "test_mAP", 90), ("number", "test_r2", 0.3)])
+@pytest.mark.parametrize(("name", "metric", "least"), [("names", "test_mAP", 90), ("numbers", "test_r2", 0.5)])
 def test_a_task_is_learned(finetune, narrow, table, tmp_path, name, metric, least):
     flags = TASKS[name].split()[:4]
     result = finetune(
-        *TINY, "--data_path", table, *BRIEF, *flags, *"--epochs 15 --lr 5e-3".split(), "--output_dir", tmp_path
+        *TINY, "--data_path", table, *BRIEF, *flags, *"--epochs 8 --lr 5e-3".split(), "--output_dir", tmp_path
     )
-    assert result.status == 0 and log_lines(tmp_path)[-1][metric] > least, result.out
+    assert result.status == 0 and max(line[metric] for line in log_lines(tmp_path)) > least, result.out
 
 
 def test_an_evaluation_repeats_the_training_by_the_checkpoint_alone(run, finetune, table):
@@ -491,7 +511,7 @@ def test_a_head_of_the_same_task_is_kept(trained, finetune, table, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--label_column age --loss mse --cutmix 1", "--cutmix: not for regression"),
+        ("--label_column age --loss mse --cutmix 1", "--cutmix 1.0: not for regression"),
         ("--label_column age --loss l1 --cutmix_minmax 0.2 0.4", "--cutmix_minmax: not for regression"),
         ("--label_column age --loss mse --class_weights balanced", "--class_weights balanced: not for regression"),
         ("--label_column age --loss mse --shuffle balanced", "--shuffle balanced: not for regression"),
