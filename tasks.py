@@ -150,8 +150,9 @@ class RegressionEvaluation(Evaluation):
         As scikit-learn's: R2 of a target that is the same in all images is 1 if it is predicted exactly, else 0.
         """
         errors, spread = self.predictions - self.targets, self.targets - self.targets.mean(0)
-        squares, total = errors.square().sum(0), spread.square().sum(0)
-        return {"mae": errors.abs().mean(0), "r2": torch.where(total > 0, 1 - squares / total, squares == 0)}
+        squares, same = errors.square().sum(0), self.targets.amin(0) == self.targets.amax(0)
+        r2 = torch.where(same, squares == 0, 1 - squares / spread.square().sum(0))
+        return {"mae": errors.abs().mean(0), "r2": r2}
 
     def metrics(self):
         """loss; R2 and MAE, means over the targets."""
@@ -414,11 +415,10 @@ class Regression(Task):
         count = max(len(labels.columns), len(split_values(labels.texts[0])))
         names = labels.columns if len(labels.columns) == count else [f"{labels.columns[0]}{k}" for k in range(count)]
         values = parse_numbers(labels.texts, count, f"a number for --loss {loss}")[labels.numbers]
-        mean, std = values.mean(0), values.std(0)
-        for name, value, deviation in zip(names, values[0], std, strict=True):
-            if not deviation:
-                raise ValueError(f"{name} is {value:g} in all images: nothing to predict")
-        return cls(loss, names, mean.tolist(), std.tolist())
+        for name, least, most in zip(names, values.min(0), values.max(0), strict=True):
+            if least == most:
+                raise ValueError(f"{name} is {least:g} in all images: nothing to predict")
+        return cls(loss, names, values.mean(0).tolist(), values.std(0).tolist())
 
     @classmethod
     def check_args(cls, args):

@@ -232,7 +232,7 @@ def test_labels_are_read_as_the_loss_and_the_columns_say():
         ("l1", "label", ["nan", "1"], "label nan: must be a number for --loss l1"),
         ("mse", "x,y", [";1", "2;1"], "label ;1: must be a number"),
         ("mse", "label", ["inf", "1"], "label inf: must be a number"),
-        ("mse", "x,y", ["1;5", "2;5.0"], "y is 5 in all images: nothing to predict"),
+        ("mse", "x,y", ["1;0.1", "2;0.10", "3;1e-1"], "y is 0.1 in all images: nothing to predict"),
     ],
 )
 def test_labels_that_make_no_task_are_named(loss, columns, texts, message):
