@@ -383,7 +383,7 @@ def read_label(data, suffix, label_column):
         label = data.decode().strip() if suffix == ".cls" else json.loads(data).get(label_column)
     except (ValueError, AttributeError):
         return None
-    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
+    return join_values([label]) if isinstance(label, str | int | float | list) and not isinstance(label, bool) else None
 
 
 def name_classes(listing, results, files):

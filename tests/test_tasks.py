@@ -25,6 +25,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from timm.data import Mixup
 
 import main_finetune
+import shards
 import tasks
 from datasets import BalancedSampler, build_labelled_sets
 from engine_finetune import build_mixup
@@ -302,6 +303,12 @@ def test_a_part_of_numbers_is_held_out_and_its_list_can_be_read(table, tmp_path)
         _, again, _ = build_labelled_sets(build_args(table, "--eval", *flags[:2], *path), task)
         assert again.targets.tolist() == held_out.targets.tolist()
         assert [again.images.name(i) for i in range(4)] == [held_out.images.name(i) for i in range(4)]
+
+
+def test_labels_of_webdataset_may_be_lists_and_numbers():
+    texts = {'["a", "b"]': "a;b", '["a"]': "a;", "1.5": "1.5", "3": "3", '"a"': "a", "true": None, "null": None}
+    for value, text in texts.items():
+        assert shards.read_label(f'{{"label": {value}}}'.encode(), ".json", "label") == text
 
 
 def test_digits_are_numbers_too():
