@@ -11,7 +11,7 @@
         events.out.tfevents.*   TensorBoard
         profile-10-20.pt.trace.json.gz (--profile_steps 10:20)
         reconstruction-0009.png (pre-training)
-        confusion.png, confusion.csv, per_class.csv (fine-tuning, evaluation)
+        confusion.png, confusion.csv, per_class.csv or per_target.csv (fine-tuning, evaluation)
 
 A checkpoint is a dict, readable by `torch.load(path, weights_only=True)`:
 
@@ -21,7 +21,8 @@ A checkpoint is a dict, readable by `torch.load(path, weights_only=True)`:
     optimizer, scaler       state dicts
     epoch, step             where to resume: epochs done, and optimizer steps done after them
     args                    the flags
-    ...                     `Run.state_dict()`: losses of the epoch so far, best values, names of classes, hooks' states
+    class_names, task       of fine-tuning: names of the outputs, and what they mean, see `tasks.Task.state_dict`
+    ...                     `Run.state_dict()`: losses of the epoch so far, best values, hooks' states
 """
 
 import argparse
@@ -365,6 +366,7 @@ FLAGS_READ = {
     "pixel_range": lambda value: value is None or is_list(value) and len(value) == 2 and all(map(is_number, value)),
     "mask_ratio": lambda value: is_number(value) and 0 < value < 1,
     "norm_pix_loss": is_switch,
+    "label_column": lambda value: isinstance(value, str),
     "imagenet_default_mean_and_std": is_switch,
 }
 
@@ -387,6 +389,18 @@ def is_config(value):
     )
 
 
+def is_task(value):
+    """Whether this can be what `tasks.Task.state_dict` returns: strings, and lists of numbers."""
+    return (
+        isinstance(value, dict)
+        and {"kind", "loss"} <= value.keys()
+        and all(
+            isinstance(name, str) and (isinstance(item, str) or is_list(item) and all(map(is_number, item)))
+            for name, item in value.items()
+        )
+    )
+
+
 # The entries of a checkpoint of this project that are not weights: a test and, in words, what passes it
 SCHEMA = {
     "epoch": (is_count, "a whole number, at least 0"),
@@ -401,6 +415,7 @@ SCHEMA = {
     "hooks": (lambda value: isinstance(value, dict), "a dict"),
     "args": (is_flags, "a dict of the training's flags"),
     "class_names": (lambda value: value is None or is_strings(value), "None or a list of strings"),
+    "task": (lambda value: value is None or is_task(value), "None or a dict with kind and loss"),
     "unreadable_images": (is_strings, "a list of strings"),
     "best": (is_table(is_number, is_count, is_count), "a dict of [value, epoch, measurements since]"),
     "epoch_means": (is_table(is_number, is_count), "a dict of [sum, count]"),
@@ -525,6 +540,7 @@ def check_resumable(run, checkpoint, path):
         raise UserError(f"{path}: cannot resume: saved with --opt {opt}; use the same")
     if checkpoint["class_names"] != run.class_names:
         raise UserError(f"{path}: {compare_classes(checkpoint['class_names'], run.class_names)}")
+    check_same_task(checkpoint, run, path)
     if checkpoint["step"] > run.steps_per_epoch:
         raise UserError(f"{path}: cannot resume: step is {checkpoint['step']} of {run.steps_per_epoch} an epoch")
     saved, current = {"sample_order": 1} | checkpoint, run.state_dict()  # older ones have no number of their order
@@ -534,6 +550,17 @@ def check_resumable(run, checkpoint, path):
                 f"{path}: cannot resume within an epoch: saved with {name.replace('_', ' ')} {saved[name]}, "
                 f"not {current[name]}; use the same, or a checkpoint of an epoch's end"
             )
+
+
+def check_same_task(checkpoint, run, path):
+    """Raise UserError if a checkpoint was trained for other targets; the loss may change."""
+    classification = {"kind": "classification"}  # older checkpoints say nothing
+    current = run.task.state_dict() if run.task else classification
+    saved = classification | (checkpoint.get("task") or {})
+    for name, value in current.items():
+        if name != "loss" and saved.get(name) != value:
+            problem = f"cannot resume: {name} of the targets is {saved.get(name)}, that of the data {value}"
+            raise UserError(f"{path}: {problem}; use the same data and kind of --loss, or give it as --finetune")
 
 
 def compare_classes(saved, current):

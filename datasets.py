@@ -21,6 +21,7 @@ import torch
 import augmentations
 import flags
 import shards
+import tasks
 import utils
 from checkpoints import write_whole
 from flags import Switch, at_least, fraction
@@ -39,12 +40,15 @@ from images import (
 from utils import TrainingError, UserError
 
 
-def add_loader_args(parser):
+def add_loader_args(parser, labelled=False):
+    """The flags of loaders. labelled: of images with classes, which an order can balance."""
     add = parser.add_argument_group("loader").add_argument
     add("--num_workers", default=10, type=at_least(0), help="loader processes, at most one per core; 0: none")
     add("--pin_mem", action=Switch, default=True, help="page-locked batches, which copy to a GPU faster")
     blocks = f"blocks: shuffle {WINDOW} blocks of {BLOCK} neighboring samples at a time, for archives on slow disks"
-    add("--shuffle", default="full", choices=("full", "blocks"), help=f"order of an epoch; {blocks}")
+    orders = tuple(ORDERS) if labelled else ("full", "blocks")
+    balanced = "; balanced: every class equally often, images of small classes several times" if labelled else ""
+    add("--shuffle", default="full", choices=orders, help=f"order of an epoch; {blocks}{balanced}")
     stalled = "seconds to wait for a batch before the run stops and names the files being read; 0: no limit"
     add("--data_timeout", default=900, type=at_least(0), help=stalled)
     add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
@@ -77,7 +81,7 @@ def add_source_args(add):
     columns = {
         "path": "paths of images in a CSV or TSV list",
         "image": "images in a Parquet or Arrow table",
-        "label": "classes, and key of the class in webdataset's .json",
+        "label": "labels, several titles joined by commas; and key of the class in webdataset's .json",
         "split": "splits: train or val",
     }
     for name, content in columns.items():
@@ -190,58 +194,72 @@ def build_pretrain_dataset(args):
     return PretrainDataset(images, args.input_size, height * width, args.seed, *options)
 
 
-def build_dataset(is_train, args, class_names=None):
-    """The data set for training or evaluation, on all ranks. Raises UserError as `build_images` does."""
-    (images,) = on_all_ranks(lambda: [build_labelled_images(is_train, args, class_names)])
+def build_dataset(is_train, args, task=None):
+    """The data set for training or evaluation, on all ranks. Raises UserError as `build_images` does.
+
+    Its targets are the numbers of labels, until `build_labelled_sets` knows what they mean.
+    """
+    (images,) = on_all_ranks(lambda: [build_labelled_images(is_train, args, task)])
     transform = build_transform(is_train, args)
     if not is_train:
         return EvalDataset(images, transform, args.max_bad_images)
     return TrainDataset(images, transform, args.seed, args.max_bad_images)
 
 
-def build_labelled_images(is_train, args, class_names=None):
-    """The image set for training or evaluation."""
+def build_labelled_images(is_train, args, task=None):
+    """The image set for training or evaluation. task: if it is known."""
     flag, path, split = "--data_path", args.data_path, "train" if is_train or args.val_fraction else "val"
     if not is_train and args.eval_data_path:
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
     whole = args.val_fraction and args.data_set == "IMNET"  # which need not have a train/
     data_set, options = "image_folder" if whole else args.data_set, source_options(args)
-    images = build_images(data_set, path, split, args.in_chans, True, class_names, flag, options)
+    images = build_images(data_set, path, split, args.in_chans, True, task and task.labels, flag, options)
     if args.val_fraction:
-        images = split_validation(images, args.val_fraction, args.seed)[0 if is_train else 1]
+        one_class = (task or tasks.find_task(args.loss, find_labels(images, args))).one_class
+        images = split_validation(images, args.val_fraction, args.seed, one_class)[0 if is_train else 1]
         if not len(images):
             raise UserError(f"--val_fraction {args.val_fraction}: holds out no image, as no class has two")
     return first_of_each_class(images, args.images_per_class) if is_train and args.images_per_class else images
 
 
-def write_validation_list(images, folder):
-    """validation.csv: path and label of the images that --val_fraction holds out."""
-    text = io.StringIO()
-    rows = ((os.path.abspath(images.name(i)), images.class_names[images.targets[i]]) for i in range(len(images)))
-    csv.writer(text).writerows([("path", "label"), *rows])
+def find_labels(images, args):
+    """The `tasks.Labels` of an image set."""
+    return tasks.Labels(images.class_names, images.targets, shards.split_columns(args.label_column))
+
+
+def write_validation_list(images, args):
+    """validation.csv: path and labels of the images that --val_fraction holds out."""
+    text, columns = io.StringIO(), shards.split_columns(args.label_column)
+    titles = columns if len(columns) > 1 else ["label"]
+    labels = (images.class_names[label].split(shards.SEPARATOR, len(titles) - 1) for label in images.targets)
+    rows = ((os.path.abspath(images.name(i)), *cells) for i, cells in enumerate(labels))
+    csv.writer(text).writerows([("path", *titles), *rows])
     content = text.getvalue().encode(errors="surrogateescape")
-    write_whole(os.path.join(folder, "validation.csv"), lambda file: file.write(content))
+    write_whole(os.path.join(args.output_dir, "validation.csv"), lambda file: file.write(content))
 
 
-def build_labelled_sets(args, class_names=None):
-    """On all ranks: training set (None with --eval), evaluation set (None with --disable_eval), names of classes."""
+def build_labelled_sets(args, task=None):
+    """On all ranks: training set (None with --eval), evaluation set (None with --disable_eval), the `tasks.Task`.
+
+    task: that of the model to evaluate; None: what the labels say. Raises UserError for labels that do not fit it.
+    """
     train = evaluation = None
     if not args.eval:
         train = build_dataset(True, args)
-        class_names = train.images.class_names
-        if len(class_names) == 1:
-            problem = f"has one class only, {class_names[0]}: nothing to tell apart"
-            raise UserError(f"--data_path {args.data_path}: {problem}")
+        labels = find_labels(train.images, args)
+        with utils.name_in_errors(f"--data_path {args.data_path or args.data_set}"):
+            task = tasks.find_task(args.loss, labels).fit(args.loss, labels)
+            train.targets = task.read_targets(labels)
     if not args.disable_eval:
-        evaluation = build_dataset(False, args, class_names)
-        class_names = class_names or evaluation.images.class_names
-    if args.nb_classes not in (None, len(class_names)):
-        raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(class_names)} classes")
-    if evaluation is not None and len(evaluation.images.class_names) != len(class_names):
-        raise UserError(f"the data has {len(evaluation.images.class_names)} classes, the model {len(class_names)}")
+        evaluation = build_dataset(False, args, task)
+        task = task or tasks.Classification("ce", evaluation.images.class_names)
+        with utils.name_in_errors(f"{args.eval_data_path or args.data_path or args.data_set}, to evaluate"):
+            evaluation.targets = task.read_targets(find_labels(evaluation.images, args))
+    if args.nb_classes not in (None, len(task.names)):
+        raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(task.names)} classes")
     if args.val_fraction and evaluation is not None and args.output_dir and utils.is_main_process():
-        write_validation_list(evaluation.images, args.output_dir)
-    return train, evaluation, class_names
+        write_validation_list(evaluation.images, args)
+    return train, evaluation, task
 
 
 def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
@@ -258,7 +276,8 @@ def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     return [EvalDataset(images, transform, most) for images in on_all_ranks(build)]
 
 
-ORDERS = {"full": 2, "blocks": 3}  # kept in checkpoints: another law of the order needs another number; 1 was NumPy's
+# Kept in checkpoints: another law of the order needs another number; 1 was NumPy's
+ORDERS = {"full": 2, "blocks": 3, "balanced": 4}
 BLOCK, WINDOW = 64, 256  # of --shuffle blocks: neighboring samples, and blocks that are shuffled among each other
 
 
@@ -293,8 +312,12 @@ class EpochSampler(torch.utils.data.Sampler):
         for batch in range(self.step * self.update_freq, self.steps_per_epoch * self.update_freq):
             if self.prefetch is not None:
                 prefetched = self.prefetch_blocks(epoch, batch, prefetched)
-            indices = self.batch_indices(epoch, batch)
-            yield [(epoch, index, repeat) for index in indices for repeat in range(self.repeats)]
+            yield self.batch_keys(epoch, batch)
+
+    def batch_keys(self, epoch, batch):
+        """The keys of this rank's batch of that number, counted from the start of the epoch."""
+        indices = self.batch_indices(epoch, batch)
+        return [(epoch, index, repeat) for index in indices for repeat in range(self.repeats)]
 
     def position(self, epoch, batch, rank):
         """(key of the order, place in it) of the first image of a rank's batch; `repeats` epochs share an order."""
@@ -303,7 +326,7 @@ class EpochSampler(torch.utils.data.Sampler):
         return (self.seed, cycle), part * (self.num_samples // self.repeats) + (batch * self.world_size + rank) * count
 
     def batch_indices(self, epoch, batch):
-        """The images of this rank's batch of that number, counted from the start of the epoch."""
+        """The images of that batch."""
         key, start = self.position(epoch, batch, self.rank)
         permutation = permute if self.shuffle == "full" else permute_blocks
         positions = np.arange(start, start + self.batch_size // self.repeats)
@@ -318,6 +341,36 @@ class EpochSampler(torch.utils.data.Sampler):
             first = (int(first) + block_shift(self.num_samples, *key)) % self.num_samples
             self.prefetch(first, min(first + BLOCK, self.num_samples))
         return max(prefetched, end)
+
+
+class BalancedSampler(EpochSampler):
+    """As `EpochSampler`, but every class equally often: of targets (n,), n draws an epoch.
+
+    A class takes its images in an order of its own, all of them before one comes again, over several epochs if it is
+    large. The repeat in a key is the number of that round: each time an image comes it is augmented anew.
+    """
+
+    def __init__(self, targets, *args):
+        super().__init__(len(targets), *args)
+        self.order = ORDERS["balanced"]
+        counts = np.bincount(targets)
+        self.by_class, starts = np.argsort(targets, kind="stable"), np.cumsum(counts) - counts
+        self.starts, self.counts = starts[counts > 0], counts[counts > 0]
+
+    def batch_keys(self, epoch, batch):
+        key, start = self.position(epoch, batch, self.rank)
+        slots = permute(np.arange(start, start + self.batch_size), self.num_samples, *key)
+        draws, classes = np.divmod(slots, len(self.counts))
+        draws += epoch * -(-self.num_samples // len(self.counts))
+        rounds, places = np.divmod(draws, self.counts[classes])
+        for cls, number in set(zip(classes.tolist(), rounds.tolist(), strict=True)):
+            same = (classes == cls) & (rounds == number)
+            places[same] = permute(places[same], int(self.counts[cls]), self.seed, cls, number)
+        indices = self.by_class[self.starts[classes] + places]
+        return [(epoch, *key) for key in zip(indices.tolist(), rounds.tolist(), strict=True)]
+
+    def batch_indices(self, epoch, batch):
+        return [index for _, index, _ in self.batch_keys(epoch, batch)]
 
 
 def permute(positions, count, *key):
@@ -430,10 +483,11 @@ class PretrainDataset(torch.utils.data.Dataset):
 
 
 class TrainDataset(torch.utils.data.Dataset):
-    """dataset[epoch, index, repeat]: an augmented image (C, H, W) uint8, class, index, names of unreadable files."""
+    """dataset[epoch, index, repeat]: an augmented image (C, H, W) uint8, target, index, names of unreadable files."""
 
     def __init__(self, images, transform, seed, max_bad_images=100):
         self.images, self.seed, self.max_bad_images = images, seed, max_bad_images
+        self.targets = getattr(images, "targets", None)  # (n,) classes, or (n, K) float32
         self.read, self.augment = transform.transforms
 
     def __getitem__(self, key):
@@ -455,14 +509,15 @@ class TrainDataset(torch.utils.data.Dataset):
         np.random.seed(seed % 2**32)
         random.seed(seed)
         image, index, unreadable = read_or_next(self.images, key[1], self.read, self.max_bad_images)
-        return self.augment(image), int(self.images.targets[index]), index, unreadable
+        return self.augment(image), self.targets[index], index, unreadable
 
 
 class EvalDataset(torch.utils.data.Dataset):
-    """dataset[index] is (image (C, H, W) uint8, class, index, []), or (None, None, None, [name of unreadable file])."""
+    """dataset[index]: (image (C, H, W) uint8, target, index, []), or (None, None, None, [name of unreadable file])."""
 
     def __init__(self, images, transform, max_bad_images=math.inf):
         self.images, self.transform, self.max_bad_images = images, transform, max_bad_images
+        self.targets = getattr(images, "targets", None)  # as of `TrainDataset`
 
     def __len__(self):
         return len(self.images)
@@ -471,7 +526,7 @@ class EvalDataset(torch.utils.data.Dataset):
         image, error = open_and_read(self.images, index, self.transform)
         if error is not None:
             return None, None, None, [error]
-        return image, int(self.images.targets[index]), index, []
+        return image, self.targets[index], index, []
 
 
 def build_transform(is_train, args):
@@ -538,7 +593,7 @@ class Batch(NamedTuple):  # of pre-training
 
 class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
     imgs: torch.Tensor  # (N, C, H, W) uint8
-    targets: torch.Tensor  # (N,) class numbers
+    targets: torch.Tensor  # (N,) class numbers, or (N, K) float32, see `tasks`
     indices: torch.Tensor  # (N,) numbers of the images in the data set
     unreadable: list  # as above; in evaluation they are left out of the batch
 
@@ -548,16 +603,19 @@ class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
         read = [sample[:3] for sample in samples if sample[0] is not None]
         imgs, targets, indices = zip(*read, strict=True) if read else ((), (), ())
         imgs = stack(imgs) if read else torch.empty(0)
-        return LabelledBatch(imgs, torch.tensor(targets), torch.tensor(indices), unreadable)
+        targets = torch.from_numpy(np.array(targets))
+        targets = targets if targets.ndim == 2 else targets.long()
+        return LabelledBatch(imgs, targets, torch.tensor(indices), unreadable)
 
 
 def build_train_loader(dataset, args, device, repeats=1):
     """The loader of a training set's batches, and its `EpochSampler`. Raises UserError if there is no whole step."""
     count, world_size = len(dataset.images), utils.get_world_size()
-    sampler = EpochSampler(
-        count, args.batch_size, args.update_freq, args.seed, utils.get_rank(), world_size, repeats, args.shuffle,
-        getattr(dataset.images, "prefetch", None),
-    )  # fmt: skip
+    share = args.batch_size, args.update_freq, args.seed, utils.get_rank(), world_size
+    if args.shuffle == "balanced":
+        sampler = BalancedSampler(dataset.targets, *share)
+    else:
+        sampler = EpochSampler(count, *share, repeats, args.shuffle, getattr(dataset.images, "prefetch", None))
     if sampler.steps_per_epoch == 0:
         raise UserError(
             f"{count} images make no whole step of {args.batch_size * args.update_freq * world_size} "

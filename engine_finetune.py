@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import utils
 from engine_pretrain import optimize
-from evaluation import Evaluation, collect
+from evaluation import collect
 from flags import at_least, fraction
 from images import normalize
 from utils import UserError
@@ -49,21 +49,29 @@ def mixes(args):
 
 
 def build_mixup(args, num_classes):
-    """mixup(images, classes (N,)) -> mixed images, class probabilities (N, num_classes); None if nothing mixes."""
+    """mixup(images, targets (N,) or (N, K)) -> mixed images, targets (N, K) mixed alike; None if nothing mixes."""
     from timm.data import Mixup
 
     if not mixes(args):
         return None
-    return Mixup(
+    mix = Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
+        label_smoothing=0.0,  # the loss smooths
+        num_classes=args.batch_size,
     )
+
+    def mixup(imgs, targets):
+        targets = F.one_hot(targets, num_classes).float() if targets.ndim == 1 else targets
+        imgs, shares = mix(imgs, torch.arange(len(imgs), device=imgs.device))  # (N, batch size): of each image
+        with torch.autocast(imgs.device.type, enabled=False):
+            return imgs, shares[:, : len(imgs)] @ targets
+
+    return mixup
 
 
 def train_one_epoch(
@@ -71,8 +79,8 @@ def train_one_epoch(
 ):  # fmt: skip
     """Train from step `run.step` to the end of epoch `run.epoch`; `loader` yields the rest of that epoch.
 
-    criterion(logits (N, K), targets), where targets are classes (N,), or probabilities (N, K) from mixup_fn.
-    erasing_fn: normalized images -> the same with rectangles erased. mixup_fn: (images, classes) -> both mixed.
+    criterion(outputs (N, K), targets): see `tasks.Task.build_loss`.
+    erasing_fn: normalized images -> the same with rectangles erased. mixup_fn: (images, targets) -> both mixed.
     """
 
     def compute_loss(batch):
@@ -86,28 +94,23 @@ def train_one_epoch(
     optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args)
 
 
-def evaluate(model, loader, args, give_up=lambda: False):
-    """The `Evaluation` of a model by all ranks together, exact: no image counts twice. All ranks get the same.
+def evaluate(model, loader, task, args, give_up=lambda: False):
+    """The `tasks.Evaluation` of a model by all ranks together, exact: no image counts twice. All ranks get the same.
 
     With --eval_size the head is applied to every window as large as a training image, and its logits are averaged.
     give_up: asked at every batch; once it is true on any rank, the result is None on all (with --dist_eval).
     Raises UserError if no image could be read.
     """
     device = next(model.parameters()).device  # EMA weights may be on the CPU
-    num_classes, topk = model.head.out_features, max(args.topk)
     window = [side // (8 * args.stem_stride) for side in args.input_size] if args.eval_size else None
 
-    def compute_losses_and_classes(imgs, targets):
-        logits = model(normalize(imgs, args.imagenet_default_mean_and_std), window=window).float()
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        top = logits.topk(min(topk, num_classes)).indices
-        return torch.cat([losses[:, None].double(), top.double()], dim=1)
+    def measure(imgs, targets):
+        outputs = model(normalize(imgs, args.imagenet_default_mean_and_std), window=window).float()
+        return task.measure(outputs, targets, args.topk)
 
     model.eval()
-    collected = collect(
-        compute_losses_and_classes, loader, device, lambda: utils.autocast(args, device), args.dist_eval, give_up
-    )
+    collected = collect(measure, loader, device, lambda: utils.autocast(args, device), args.dist_eval, give_up)
     if collected is None:
         return None
     rows, targets, unreadable = collected
-    return Evaluation(rows[:, 0].mean().item(), targets, rows[:, 1:].long(), num_classes, args.topk, unreadable)
+    return task.evaluate(rows, targets, args.topk, unreadable)

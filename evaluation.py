@@ -1,4 +1,4 @@
-"""What a network makes of a data set: outputs collected over all ranks, metrics, probes of features, pictures."""
+"""What a network makes of a data set: outputs collected over all ranks, probes of features, pictures."""
 
 import contextlib
 import math
@@ -58,55 +58,6 @@ def collect(function, loader, device, autocast, divided=True, give_up=lambda: Fa
         return torch.empty(0), torch.empty(0, dtype=torch.long), []
     order = torch.cat(indices).argsort()  # so that sums do not depend on how the set was divided
     return torch.cat(rows)[order], torch.cat(targets)[order], unreadable
-
-
-class Evaluation:
-    """A classifier's answers to every readable image of a data set, in the order of the set.
-
-    loss: mean cross-entropy. targets (n,): true classes. top (n, K): the most probable classes, in falling order.
-    topk: at which k to report accuracy, precision and recall, 1 always. unreadable: names of the images left out.
-    """
-
-    def __init__(self, loss, targets, top, num_classes, topk=(1, 5), unreadable=()):
-        self.loss, self.targets, self.top, self.unreadable = loss, targets, top, unreadable
-        self.num_classes, self.topk = num_classes, sorted({1, *topk})
-
-    @staticmethod
-    def metric_names(topk):
-        topk = sorted({1, *topk})
-        return ["loss", *(f"acc{k}" for k in topk), *(f"{name}{k}" for k in topk for name in ("precision", "recall"))]
-
-    def accuracy(self, k):
-        """Percentage of the images whose class is among the k most probable."""
-        return 100 * (self.top[:, :k] == self.targets[:, None]).any(1).double().mean().item()
-
-    def metrics(self):
-        """By name: loss, and for each k the accuracy and the class means of precision and recall, in per cent."""
-        columns = self.per_class()
-        has_images = columns.pop("images") > 0  # a class without is left out of the means
-        means = {name: 100 * column[has_images].nan_to_num().mean().item() for name, column in columns.items()}
-        return {"loss": self.loss} | {f"acc{k}": self.accuracy(k) for k in self.topk} | means
-
-    def per_class(self):
-        """By name, for each class (C,): images, and precision and recall at each k; nan for 0 / 0."""
-        images = self.targets.bincount(minlength=self.num_classes)
-        columns = {"images": images}
-        for k in self.topk:
-            top = self.top[:, :k]
-            predicted = top.flatten().bincount(minlength=self.num_classes)
-            correct = self.targets[(top == self.targets[:, None]).any(1)].bincount(minlength=self.num_classes)
-            columns |= {f"precision{k}": correct.double() / predicted, f"recall{k}": correct.double() / images}
-        return columns
-
-    def confusion(self):
-        """(C, C) counts: row = true class, column = most probable class."""
-        pairs = self.targets * self.num_classes + self.top[:, 0]
-        return pairs.bincount(minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
-
-    def __str__(self):
-        accuracies = "  ".join(f"top-{k} {self.accuracy(k):.2f} %" for k in self.topk)
-        left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
-        return f"{accuracies}  loss {self.loss:.4f}  ({len(self.targets)} images{left_out})"
 
 
 def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.07, give_up=lambda: False):

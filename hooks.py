@@ -292,7 +292,7 @@ class Reconstructions(Hook):
 
 
 class ClassReport(Hook):
-    """After the last evaluation: precision, recall and confusion of the classes, as CSV files and a picture."""
+    """After the last evaluation: metrics of each class or target, and confusion, as CSV files and a picture."""
 
     main_only = True
     MAX_CLASSES = 2000  # of a confusion matrix, whose size is the square
@@ -304,7 +304,9 @@ class ClassReport(Hook):
         if not run.evaluating and not run.is_last_epoch():
             return
         for suffix, evaluation in run.evaluations.items():
-            self.write_per_class(f"per_class{suffix}.csv", evaluation, run.class_names)
+            self.write_per_class(f"per_{evaluation.unit}{suffix}.csv", evaluation, run.class_names)
+            if evaluation.confusion is None:
+                continue
             if len(run.class_names) <= self.MAX_CLASSES:
                 self.write_confusion(f"confusion{suffix}", evaluation, run)
             else:
@@ -314,7 +316,7 @@ class ClassReport(Hook):
         columns = evaluation.per_class()
         rounded = [c.round(decimals=4) if c.is_floating_point() else c for c in columns.values()]
         rows = zip(class_names, *(column.tolist() for column in rounded), strict=True)
-        self.write_csv(name, ("class", *columns), rows)
+        self.write_csv(name, (evaluation.unit, *columns), rows)
 
     def write_confusion(self, stem, evaluation, run):
         from evaluation import draw_confusion

@@ -68,7 +68,9 @@ class ClassFolders(ImageFolder):
         index = self.index
         if len(index) and index.target[0] < 0:  # those come first
             name = index.path_in_part(0)
-            beside = "has no label" if self.source.files else "lies beside the class folders; give one folder a class"
+            beside = "lies beside the class folders; give one folder a class"
+            if self.source.files:
+                beside = f"has no label; give it one, with --loss bce {shards.SEPARATOR} for none of the classes"
             raise UserError(f"{self.source}: {name} {beside}")
         for names in index.meta["same"]:
             raise UserError(f"{self.source}: the classes {' and '.join(names)} are one folder; keep one of them")
@@ -184,12 +186,13 @@ def first_of_each_class(images, count):
     return Subset(images, np.flatnonzero(ranks < count))
 
 
-def split_validation(images, fraction, seed):
-    """Two `Subset`s: the rest, and this fraction of each class by the seed; at least 1 image of a class of 2."""
+def split_validation(images, fraction, seed, of_each_class=True):
+    """Two `Subset`s: the rest, and this fraction by the seed, of each class: at least 1 image of a class of 2."""
     order = np.random.default_rng(utils.derive_seed(seed, 1)).permutation(len(images))
-    counts = np.bincount(images.targets)
+    targets = images.targets if of_each_class else np.zeros(len(images), dtype=np.int64)
+    counts = np.bincount(targets)
     held = np.minimum(np.maximum(np.rint(counts * fraction).astype(np.int64), 1), counts - 1)
-    is_held = rank_in_class(images.targets, order) < held[images.targets]
+    is_held = rank_in_class(targets, order) < held[targets]
     return Subset(images, np.flatnonzero(~is_held)), Subset(images, np.flatnonzero(is_held))
 
 

@@ -187,8 +187,7 @@ def build_index(source, options):
     started = time.time_ns()
     listing = list_source(source, options)
     labels = {group.label for group in listing.groups} - {None}
-    whole = listing.labelled and all(re.fullmatch(r"\d{1,18}", label) for label in labels)
-    class_names = listing.class_names or sorted(labels, key=lambda label: (int(label) if whole else 0, label))
+    class_names = listing.class_names or (sort_labels(labels) if listing.labelled else sorted(labels))
     numbers = {label: number for number, label in enumerate(class_names)} | {None: -1}
 
     def key(group):
@@ -207,6 +206,12 @@ def build_index(source, options):
     if seconds > 2:
         log(f"listed {source}: {len(columns['part']):,} images in {seconds:.1f} s")
     return Index(source, options, meta | {"digest": digest.hexdigest()}, columns)
+
+
+def sort_labels(labels):
+    """Labels in their order: of numbers if all are whole ones, else by name."""
+    whole = all(re.fullmatch(r"\d{1,18}", label) for label in labels)
+    return sorted(labels, key=lambda label: (int(label) if whole else 0, label))
 
 
 def merge(groups):

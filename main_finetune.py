@@ -21,8 +21,8 @@ import datasets
 import engine_finetune
 import hooks
 import optim_factory
+import tasks
 from engine_finetune import evaluate, train_one_epoch
-from evaluation import Evaluation
 from flags import Switch, at_least, fraction, fraction_below_1
 from models import convnextv2
 from models.weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
@@ -47,18 +47,15 @@ def get_args_parser():
     add("--model_ema_force_cpu", default=False, action=Switch, help="keep the EMA in CPU memory")
     add("--model_ema_eval", default=False, action=Switch, help="evaluate the EMA too; with --eval it alone")
 
-    add = parser.add_argument_group("loss").add_argument
-    add("--loss", default="ce", choices=("ce", "bce"), help="cross-entropy, or binary cross-entropy of each class")
-    add("--smoothing", default=0.1, type=fraction_below_1, help="label smoothing")
-
+    tasks.add_loss_args(parser)
     optim_factory.add_optimizer_args(parser)
     datasets.add_labelled_args(parser)
     engine_finetune.add_batch_args(parser)
-    datasets.add_loader_args(parser)
+    datasets.add_loader_args(parser, labelled=True)
     flags.add_machine_args(parser)
     checkpoints.add_output_args(parser)
     hooks.add_log_args(parser)
-    add_watch_args(parser, default="test_acc1")
+    add_watch_args(parser, default="test_acc1, several classes an image test_mAP, mse test_r2, l1 test_mae")
     return parser
 
 
@@ -76,8 +73,7 @@ def check_args(args):
     engine_finetune.check_batch_args(args)
     if args.model_ema_eval and not args.model_ema:
         raise UserError("--model_ema_eval true: there are no EMA weights without --model_ema true")
-    evaluated = [] if args.disable_eval else [f"test_{name}" for name in Evaluation.metric_names(args.topk)]
-    check_watch_args(args, watched_metric(args), ["train_loss", *evaluated])
+    check_task_args(args, tasks.possible_tasks(args.loss))
 
 
 def check_data_args(args):
@@ -85,9 +81,21 @@ def check_data_args(args):
     datasets.check_labelled_args(args)
 
 
-def watched_metric(args):
+def check_task_args(args, possible):
+    """Raise UserError unless the flags fit one of these tasks, or classes of tasks."""
+    for task in possible:
+        evaluated = [] if args.disable_eval else [f"test_{name}" for name in task.metric_names(args.topk)]
+        try:
+            task.check_args(args)
+            return check_watch_args(args, args.watch or next(iter(evaluated), None), ["train_loss", *evaluated])
+        except UserError as error:
+            problem = error
+    raise problem
+
+
+def watched_metric(args, task):
     """The metric that decides the best checkpoint, or None."""
-    return args.watch or (None if args.disable_eval else "test_acc1")
+    return args.watch or (None if args.disable_eval else f"test_{task.best}")
 
 
 def build_model(args, num_classes):
@@ -100,26 +108,11 @@ def build_model(args, num_classes):
     )
 
 
-def describe_model(args, num_classes):
+def describe_model(args, task):
     from models.cost import describe
 
-    cost = describe(lambda: build_model(args, num_classes), args.in_chans, args.input_size, args.grad_checkpointing)
-    return f"{num_classes} classes: {cost}"
-
-
-def build_loss(args):
-    """criterion(logits, targets), where targets are classes (N,), or probabilities (N, K) if images are mixed."""
-    from timm.loss import (
-        BinaryCrossEntropy,
-        LabelSmoothingCrossEntropy,
-        SoftTargetCrossEntropy,
-    )
-
-    if args.loss == "bce":
-        return BinaryCrossEntropy(args.smoothing)  # probabilities are smoothed already, and left as they are
-    if engine_finetune.mixes(args):
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else torch.nn.CrossEntropyLoss()
+    cost = describe(lambda: build_model(args, len(task.names)), args.in_chans, args.input_size, args.grad_checkpointing)
+    return f"{task}: {cost}"
 
 
 def build_ema(args, model):
@@ -130,13 +123,17 @@ def build_ema(args, model):
     return ModelEmaV3(model, args.model_ema_decay, device=device) if args.model_ema else None
 
 
-def load_finetune(args, model):
+def load_finetune(args, model, task):
     """Start from the weights in --finetune, and report what was loaded and what was not."""
     checkpoint = checkpoints.load_checkpoint(args.finetune)
     with utils.name_in_errors(args.finetune):
         check_same_blocks(checkpoint.get("config", {}), model)
         state = find_weights(checkpoint, args.model_key, args.model_prefix)
         check_size(state, model)
+        before = tasks.restore_task(checkpoint) or task
+        if before.kind != task.kind and "head.weight" in state:
+            state = {name: value for name, value in state.items() if not name.startswith("head.")}
+            log(f"{args.finetune}: left out the head, of {before.kind}")
         report = load_backbone(model, state)
     for line in report:
         log(f"{args.finetune}: {line}")
@@ -175,11 +172,11 @@ def evaluate_models(run, loader, args):
     """{"": the model's `Evaluation`, "_ema": that of the EMA weights, with --model_ema_eval}; None for one given up."""
     models = {"": run.model} | ({"_ema": run.model_ema.module} if args.model_ema_eval else {})
     give_up = run.stop_requested if args.dist_eval else lambda: False
-    return {suffix: evaluate(model, loader, args, give_up) for suffix, model in models.items()}
+    return {suffix: evaluate(model, loader, run.task, args, give_up) for suffix, model in models.items()}
 
 
 def find_checkpoint_to_evaluate(args):
-    """The checkpoint --resume, else the newest in --output_dir, its path, and the classifier in it."""
+    """The checkpoint --resume, else the newest in --output_dir, its path, the network in it, and its task or None."""
     if args.resume:
         checkpoint, path = checkpoints.load_checkpoint(args.resume), args.resume
     else:
@@ -194,12 +191,14 @@ def find_checkpoint_to_evaluate(args):
         if "head.weight" not in state:
             raise ValueError("has no head: must be a classifier. Load a pre-training checkpoint with --finetune")
         model, _ = convnextv2.from_checkpoint(checkpoint | {"model": state})
-    return checkpoint, path, model
+        task = tasks.restore_task(checkpoint)
+    return checkpoint, path, model, task
 
 
 # What an evaluation takes from the training of the checkpoint. Some of it, the weights themselves say.
 TRAINING_FLAGS = (
     "model", "in_chans", "stem_stride", "input_size", "crop_pct", "imagenet_default_mean_and_std", "pixel_range",
+    "label_column",
 )  # fmt: skip
 
 
@@ -226,26 +225,26 @@ def adopt_training_flags(args, checkpoint, path, model):
 def evaluate_only(args, device):
     """Evaluate --resume, else the newest checkpoint in --output_dir; no training set is loaded."""
     # checkpoint and data
-    checkpoint, path, model = find_checkpoint_to_evaluate(args)
+    checkpoint, path, model, task = find_checkpoint_to_evaluate(args)
     args = adopt_training_flags(args, checkpoint, path, model)
-    _, dataset, class_names = datasets.build_labelled_sets(args, checkpoint.get("class_names"))
-    if model.head.out_features != len(class_names):
-        raise UserError(f"{path}: has {model.head.out_features} classes, the data {len(class_names)}")
+    _, dataset, task = datasets.build_labelled_sets(args, task)
+    if model.head.out_features != len(task.names):
+        raise UserError(f"{path}: has {model.head.out_features} classes, the data {len(task.names)}")
 
     # model
     model = utils.to_device(model, device, args.triton)
-    run = Run(args, model, device, images=dataset.images, class_names=class_names)
+    run = Run(args, model, device, images=dataset.images, task=task)
     if "format" in checkpoint:
         run.epoch = checkpoint["epoch"]
     size = " x ".join(map(str, args.eval_size or args.input_size))
-    facts = f"{run.n_parameters / 1e6:.1f} M parameters from {path}, {len(class_names)} classes, {size} pixels"
+    facts = f"{run.n_parameters / 1e6:.1f} M parameters from {path}, {task}, {size} pixels"
     log(f"{args.model}: {facts}")
 
     # evaluation
     observers = build_hooks(args)
     observers("on_start", run)
     loader = datasets.build_eval_loader(dataset, args, device, args.dist_eval)
-    run.add_evaluations({"_ema" if args.model_ema_eval else "": evaluate(model, loader, args)})
+    run.add_evaluations({"_ema" if args.model_ema_eval else "": evaluate(model, loader, task, args)})
     observers("on_evaluate", run)
     observers("on_epoch_end", run)
 
@@ -259,29 +258,31 @@ def main(args):
     optim_factory.peak_lr(args)  # raises UserError
 
     # data
-    dataset, eval_dataset, class_names = datasets.build_labelled_sets(args)
+    dataset, eval_dataset, task = datasets.build_labelled_sets(args)
+    check_task_args(args, [task])
     loader, sampler = datasets.build_train_loader(dataset, args, device)
     erasing_fn, mixup_fn = (
         engine_finetune.build_erasing(args, device),
-        engine_finetune.build_mixup(args, len(class_names)),
+        engine_finetune.build_mixup(args, len(task.names)),
     )
 
     # model and optimizer
     torch.manual_seed(args.seed)
-    model_without_ddp = utils.to_device(build_model(args, len(class_names)), device, args.triton)
+    model_without_ddp = utils.to_device(build_model(args, len(task.names)), device, args.triton)
     if args.finetune:
-        utils.on_all_ranks(lambda: load_finetune(args, model_without_ddp))
-    model_ema, criterion = build_ema(args, model_without_ddp), build_loss(args)
+        utils.on_all_ranks(lambda: load_finetune(args, model_without_ddp, task))
+    model_ema = build_ema(args, model_without_ddp)
+    criterion = task.build_loss(args.smoothing, dataset.targets if args.class_weights else None, device)
     schedule = optim_factory.Schedule(args, sampler.steps_per_epoch)
     optimizer = optim_factory.create_layer_decay_optimizer(args, model_without_ddp)
     scaler = utils.create_scaler(args, device)
     run = Run(
-        args, model_without_ddp, device, optimizer, scaler, sampler, dataset.images, model_ema, class_names,
-        watch=watched_metric(args), watch_ema=args.model_ema_eval,
+        args, model_without_ddp, device, optimizer, scaler, sampler, dataset.images, model_ema, task,
+        watch=watched_metric(args, task), watch_ema=args.model_ema_eval,
     )  # fmt: skip
     checkpoints.resume(run)
     model = utils.prepare_training(model_without_ddp, args)
-    log_configuration(run, schedule, describe_model(args, len(class_names)), loader)
+    log_configuration(run, schedule, describe_model(args, task), loader)
 
     # training
     train_epoch = partial(

@@ -56,17 +56,17 @@ class Run:
     The same on every rank, except numbers passed to `observe` and metrics that hooks measure on the main rank alone.
 
     model: without DDP and compilation. sampler: of the training set, None for an evaluation. images: the image set.
-    model_ema: timm's ModelEmaV3 or None. class_names: in the order of the head. watch: the metric of the best
+    model_ema: timm's ModelEmaV3 or None. task: a `tasks.Task`, None in pre-training. watch: the metric of the best
     checkpoint or None. watch_ema: whether the same metric of the EMA weights has a best checkpoint of its own.
     """
 
     def __init__(
         self, args, model, device, optimizer=None, scaler=None, sampler=None, images=(),
-        model_ema=None, class_names=None, watch=None, watch_ema=False,
+        model_ema=None, task=None, watch=None, watch_ema=False,
     ):  # fmt: skip
         self.args, self.device = args, device
         self.model, self.model_ema, self.optimizer, self.scaler = model, model_ema, optimizer, scaler
-        self.sampler, self.images, self.class_names = sampler, images, class_names
+        self.sampler, self.images, self.task = sampler, images, task
         self.steps_per_epoch = sampler.steps_per_epoch if sampler else 0
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.epoch = args.start_epoch
@@ -88,6 +88,11 @@ class Run:
         self.epoch_images, self.epoch_seconds = 0, 0.0  # trained in this epoch, up to the last log line
         self.unread_losses, self.unread_names = [], []  # of this rank, since they were last read
         self.start_lap()
+
+    @property
+    def class_names(self):
+        """Of the outputs, in the order of the head; None in pre-training."""
+        return self.task and self.task.names
 
     # ---- position
 
@@ -244,6 +249,7 @@ class Run:
             "unreadable_images": list(self.unreadable_images),
             "best": self.best,
             "class_names": self.class_names,
+            "task": self.task and self.task.state_dict(),
             "num_images": len(self.images),
             "effective_batch_size": effective_batch_size(self.args),
             "sample_order": getattr(self.sampler, "order", None),  # None: evaluation
@@ -270,7 +276,8 @@ class Run:
 
 
 def is_better(name, value, other):
-    return value < other if "loss" in name else value > other
+    is_error = any(word in name for word in ("loss", "mae", "mse", "error"))
+    return value < other if is_error else value > other
 
 
 def write_names(folder, names):

@@ -24,6 +24,7 @@ from utils import UserError, log
 THREADS = 16  # that wait for a file system
 OPEN_FILES = 128  # archives and tables that a process keeps open
 ENCODING = "utf-8", "surrogateescape"  # of names in tar files
+SEPARATOR = ";"  # of several values in a label
 DEFLATED = 1 << 63  # in an offset: a compressed member of a zip file
 UNSUPPORTED_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS"}  # Pillow has no decoder; for EPS it starts Ghostscript
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
@@ -382,7 +383,7 @@ def read_label(data, suffix, label_column):
         label = data.decode().strip() if suffix == ".cls" else json.loads(data).get(label_column)
     except (ValueError, AttributeError):
         return None
-    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
+    return join_values([label]) if isinstance(label, str | int | float | list) and not isinstance(label, bool) else None
 
 
 def name_classes(listing, results, files):
@@ -487,24 +488,21 @@ def list_table(listing):
     listing.labelled = True
     for file in source.files:
         part, table = listing.add_part(file), open_file(listing.path(file))
-        image, label, split = (find_column(source, table.titles, options, name) for name in (content, "label", "split"))
+        image, split = (find_column(source, table.titles, options, name) for name in (content, "split"))
+        columns = find_label_columns(source, table.titles, options)
         if image is None:
             default = getattr(options, f"{content}_column")
             raise UserError(f"{source}: no column {default!r} among {table.titles}; give --{content}_column")
         splits = None if split is None else table.read(split)
         chosen, names = choose_split(source, splits), table.read_names(image)
-        labels = [None] * len(names) if label is None else table.read(label)
-        if label is not None and (classes := table.class_names(label)):
+        labels = list(map(join_values, zip(*map(table.read, columns), strict=True))) or [None] * len(names)
+        if len(columns) == 1 and (classes := table.class_names(columns[0])):
             listing.class_names = classes
-            labels = [None if number is None or number < 0 else classes[number] for number in labels]
+            labels = [classes[int(number)] if number and int(number) >= 0 else None for number in labels]
         rows = zip(names, labels, splits or itertools.repeat(None), strict=False)
         listing.add(
             part,
-            (
-                (None if label in (None, "") else str(label), name, (row, 0))
-                for row, (name, label, split) in enumerate(rows)
-                if chosen in (None, split)
-            ),
+            ((label, name, (row, 0)) for row, (name, label, split) in enumerate(rows) if chosen in (None, split)),
         )
 
 
@@ -514,6 +512,31 @@ def find_column(source, titles, options, name):
     if title not in titles and title != getattr(DEFAULTS, f"{name}_column"):
         raise UserError(f"--{name}_column {title}: {source} has the columns {', '.join(titles)}")
     return title if title in titles else None
+
+
+def find_label_columns(source, titles, options):
+    """The titles of the columns of labels, of which --label_column may name several; none without the default one."""
+    columns = split_columns(options.label_column)
+    if len(columns) == 1:
+        return list(filter(None, [find_column(source, titles, options, "label")]))
+    for title in columns:
+        if title not in titles:
+            raise UserError(f"--label_column {title}: {source} has the columns {', '.join(titles)}")
+    return columns
+
+
+def split_columns(label_column):
+    """The titles in --label_column."""
+    return [title.strip() for title in label_column.split(",")]
+
+
+def join_values(cells):
+    """The text of a label of one or several cells; None if all are empty. A cell may be a list, even an empty one."""
+    words = [word for cell in cells for word in (cell if isinstance(cell, list) else [cell])]
+    text = SEPARATOR.join("" if word is None else str(word) for word in words)
+    if isinstance(cells[0], list):
+        return text if len(words) > 1 else f"{text}{SEPARATOR}"  # a list of one name is not the name itself
+    return None if all(word in (None, "") for word in words) else text
 
 
 def choose_split(source, values):

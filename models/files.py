@@ -18,7 +18,7 @@ import torch
 
 from . import convnextv2
 
-METADATA = ("config", "args", "class_names")  # what tools need of a checkpoint beside its weights
+METADATA = ("config", "args", "class_names", "task")  # what tools need of a checkpoint beside its weights
 
 
 def is_torch_file(path):
@@ -71,7 +71,7 @@ def read_huggingface(folder):
     if "image_mean" in preprocessor:
         args["imagenet_default_mean_and_std"] = preprocessor["image_mean"] != [0.5] * len(preprocessor["image_mean"])
     checkpoint = read_safetensors(folder / "model.safetensors") | {"args": args}
-    names = config.get("id2label")
+    checkpoint["task"], names = config.get("convnextv2_task"), config.get("id2label")
     return checkpoint | ({"class_names": [names[key] for key in sorted(names, key=int)]} if names else {})
 
 

@@ -23,6 +23,7 @@ import utils
 from datasets import Batch, EpochSampler, LabelledBatch, PretrainDataset, TrainDataset
 from flags import FlagParser, add_model_args
 from images import Digits, ImageFolder, normalize, to_tensor
+from tasks import Classification
 from utils import UserError
 
 PHOTO = Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427
@@ -37,9 +38,7 @@ def flags(text="", add=datasets.add_labelled_args, **values):
     datasets.add_loader_args(parser)
     engine_finetune.add_batch_args(parser)
     add(parser)
-    return argparse.Namespace(
-        **vars(parser.parse_args(text.split())) | dict(update_freq=1, seed=0, smoothing=0.1) | values
-    )
+    return argparse.Namespace(**vars(parser.parse_args(text.split())) | dict(update_freq=1, seed=0, loss="ce") | values)
 
 
 def build_pretrain_loader(images, **values):
@@ -344,18 +343,18 @@ def test_the_data_set_of_pre_training(labelled_folder):
     ],
 )
 def test_labelled_sets(labelled_folder, text, train, evaluation):
-    *sets, class_names = datasets.build_labelled_sets(flags(text.format(*[labelled_folder] * 2)))
+    *sets, task = datasets.build_labelled_sets(flags(text.format(*[labelled_folder] * 2)))
     assert [None if dataset is None else len(dataset.images) for dataset in sets] == [train, evaluation]
-    assert class_names == ["ant", "bee", "cat"]
-    assert [dataset is None or dataset.images.class_names == class_names for dataset in sets] == [True, True]
+    assert task.names == ["ant", "bee", "cat"]
+    assert [dataset is None or dataset.images.class_names == task.names for dataset in sets] == [True, True]
 
 
 def test_the_classes_must_be_those_of_the_model(labelled_folder):
     args = flags("--nb_classes 4", data_path=str(labelled_folder))
     with pytest.raises(UserError, match="^--nb_classes 4: the data has 3 classes"):
         datasets.build_labelled_sets(args)
-    with pytest.raises(UserError, match="^the data has 10 classes, the model 3"):
-        datasets.build_labelled_sets(flags("--data_set DIGITS --eval"), class_names=["ant", "bee", "cat"])
+    with pytest.raises(UserError, match="^DIGITS, to evaluate: the data has 10 classes, the model 3"):
+        datasets.build_labelled_sets(flags("--data_set DIGITS --eval"), Classification("ce", ["ant", "bee", "cat"]))
 
 
 @pytest.mark.parametrize("images_per_class, count", [(0, 22), (2, 6)])

@@ -14,7 +14,7 @@ ORDER = """
     models.mlp models.depthwise models.weights models.cost models.convnextv2
     models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags
     shards index images optim_factory run checkpoints
-    augmentations
+    augmentations tasks
     datasets
     evaluation engine_pretrain engine_finetune
     hooks

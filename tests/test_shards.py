@@ -637,8 +637,8 @@ def test_a_list_is_relative_to_its_folder_and_may_have_splits(folder, tmp_path, 
     )
     path = write_list(tmp_path, f"fold\tfile\tkind\n{rows}", "a.tsv")
     columns = "--split_column fold --path_column file --label_column kind".split()
-    train, evaluation, class_names = datasets.build_labelled_sets(finetune_args(path, *columns))
-    assert (len(train.images), len(evaluation), class_names) == (16, 6, CLASSES)
+    train, evaluation, task = datasets.build_labelled_sets(finetune_args(path, *columns))
+    assert (len(train.images), len(evaluation), task.names) == (16, 6, CLASSES)
     result = finetune(*TINY, "--data_path", path)
     assert result.status == 2 and result.err.count("\n") == 1 and "give --path_column" in result.err
 

@@ -56,6 +56,10 @@ def write_safetensors(output, state, checkpoint):
     return state
 
 
+# Of transformers, by the kind of a task
+PROBLEM_TYPES = {"multi-label classification": "multi_label_classification", "regression": "regression"}
+
+
 def write_huggingface(output, state, checkpoint):
     """A folder of config.json, preprocessor_config.json and model.safetensors."""
     from safetensors.torch import save
@@ -72,6 +76,8 @@ def write_huggingface(output, state, checkpoint):
     if "head.weight" in state:
         names = checkpoint.get("class_names") or [f"class {i}" for i in range(len(state["head.weight"]))]
         config |= dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+        task = checkpoint.get("task") or {"kind": "classification"}
+        config |= dict(problem_type=PROBLEM_TYPES.get(task["kind"]), convnextv2_task=task)
     preprocessor = dict(
         image_processor_type="ConvNextImageProcessor", size={"shortest_edge": min(height, width)}, resample=3,
         crop_pct=seen["crop_pct"], image_mean=seen["mean"], image_std=seen["std"],
@@ -110,7 +116,7 @@ def write_onnx(output, state, checkpoint):
     imgs = torch.zeros(2, model.config["in_chans"], 3 * stride, 2 * stride)  # sides that differ, and are not free of 1
     exported = export_onnx((model if has_head else Features(model)).eval(), imgs, names)
     seen = files.preprocessing(checkpoint, model.config["in_chans"])
-    for name, value in (seen | {"class_names": checkpoint.get("class_names")}).items():
+    for name, value in (seen | {name: checkpoint.get(name) for name in ("class_names", "task")}).items():
         exported.metadata_props.add(key=name, value=json.dumps(value))
     write_whole(output, lambda file: file.write(exported.SerializeToString()))
     return state

@@ -31,6 +31,8 @@ PANELS = {
         "probe_knn": "k-NN probe",
         "probe_linear": "linear probe",
     },
+    "mAP (%)": {"test_mAP": "test", "test_mAP_ema": "test, EMA weights"},
+    "R2": {"test_r2": "test", "test_r2_ema": "test, EMA weights"},
     "learning rate": {"train_lr": "training"},
     "throughput (images / s)": {"images_per_second": "training"},
 }

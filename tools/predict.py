@@ -1,16 +1,17 @@
-"""Classify images, or compute their features, with the network of a checkpoint.
+"""Predict classes or numbers of images, or compute their features, with the network of a checkpoint.
 
     python -m tools.predict --checkpoint OUTPUT/checkpoint-best.pth A.jpg B.png
     python -m tools.predict --checkpoint OUTPUT/checkpoint-best.pth FOLDER --output predictions.csv --sheet sheet.png
     python -m tools.predict --checkpoint OUTPUT/checkpoint-799.pth FOLDER --output features.parquet --scale 4
     torchrun --nproc_per_node=8 -m tools.predict --checkpoint FILE FOLDER --output predictions.csv
 
-    .csv              file, error, class1, probability1, class2, ...: a line an image
+    .csv              file, error, class1, probability1, class2, ...: a line an image; before them, where images have
+                      several classes, those above 0.5, joined by ; in classes. Of a regression file, error, TARGET, ...
     .parquet          file, error, features (C,): the mean over all sites of a stage's map, as the probes take it
     .npy              the features as an array (n, C), nan for an unreadable image; NAME.names.csv has file and error
 
-Image size, crop, channels, normalization and names of classes are the checkpoint's. An unreadable image keeps its line,
-with its error. A run that was stopped resumes by the same command, on any number of processes.
+Task, image size, crop, channels, normalization and names of classes are the checkpoint's. An unreadable image keeps its
+line, with its error. A run that was stopped resumes by the same command, on any number of processes.
 """
 
 import csv
@@ -19,9 +20,8 @@ import io
 import os
 from pathlib import Path
 
-import torch
-
 import flags
+import tasks
 import utils
 from evaluation import pool_features
 from shards import in_one_line
@@ -77,46 +77,39 @@ def import_pyarrow(output):
     return pyarrow
 
 
-def build_function(args, model, classify):
-    """function(normalized imgs) -> rows: the K probabilities and then the K classes, or features (N, C)."""
+def build_function(args, model, task):
+    """function(normalized imgs) -> rows: those of the task's predictions, or features (N, C) without a task."""
 
     def compute(imgs):
-        return model(imgs).float().softmax(1) if classify else pool_features(model.feature_maps(imgs)[args.scale - 1])
+        return task.predict(model(imgs).float()) if task else pool_features(model.feature_maps(imgs)[args.scale - 1])
 
     def function(imgs):
         outputs = compute(imgs)
         if args.tta == "flip":
             outputs = (outputs + compute(imgs.flip(3))) / 2
-        if not classify:
-            return outputs
-        top = outputs.topk(min(args.topk, outputs.shape[1]))
-        return torch.cat([top.values, top.indices.to(top.values.dtype)], 1)
+        return task.rows(outputs, args.topk) if task else outputs
 
     return function
 
 
-def class_names(inference):
-    """The names of the classes; numbers if the checkpoint has none. Raises UserError unless there is one a class."""
-    count, names = inference.model.head.out_features, inference.checkpoint.get("class_names")
-    fits = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
-    if names is not None and not fits:
-        raise UserError(f"--checkpoint {inference.args.checkpoint}: names of classes that are not the head's {count}")
-    return names or [f"class {number}" for number in range(count)]
+def find_task(inference):
+    """The task of the checkpoint; classes have numbers if it has no names. Raises UserError for what does not fit."""
+    count = inference.model.head.out_features
+    with utils.name_in_errors(f"--checkpoint {inference.args.checkpoint}"):
+        task = tasks.restore_task(inference.checkpoint)
+        task = task or tasks.Classification("ce", [f"class {number}" for number in range(count)])
+        if len(task.names) != count or not all(isinstance(name, str) for name in task.names):
+            raise ValueError(f"names of classes that are not the head's {count}")
+    return task
 
 
-def split_row(row, names):
-    """[(name, probability)] of a row of predictions."""
-    count = len(row) // 2
-    return [(names[int(number)], float(p)) for p, number in zip(row[:count], row[count:], strict=True)]
-
-
-def print_predictions(inference, dataset, function, names):
+def print_predictions(inference, dataset, function, task):
     """A line an image. Raises UserError if none can be read."""
     unreadable = []
     for indices, rows, errors in inference.compute(function, dataset, range(len(dataset))):
         lines = {index: f"cannot be read: {error}" for index, error in errors}
         for index, row in zip(indices.tolist(), [] if rows is None else rows, strict=True):
-            lines[index] = ", ".join(f"{name} {100 * p:.1f} %" for name, p in split_row(row, names))
+            lines[index] = task.describe_row(row, inference.args.topk)
         for index in sorted(lines):
             print(f"{in_one_line(dataset.images.name(index))}: {lines[index]}", flush=True)
         unreadable += errors
@@ -146,18 +139,15 @@ def write_csv(output, header, lines):
     write_output(output, write)
 
 
-def write_predictions(output, images, rows, errors, names):
+def write_predictions(args, images, rows, errors, task):
     def lines():
         for index in range(len(images)):
             if index in errors:
                 yield images.name(index), errors[index]
             else:
-                pairs = split_row(rows[index], names)
-                yield images.name(index), "", *(value for name, p in pairs for value in (name, f"{p:.6f}"))
+                yield images.name(index), "", *task.cells(rows[index], args.topk)
 
-    count = rows.shape[1] // 2
-    header = ["file", "error", *(f"{name}{k + 1}" for k in range(count) for name in ("class", "probability"))]
-    write_csv(output, header, lines())
+    write_csv(args.output, ["file", "error", *task.titles(args.topk)], lines())
 
 
 def write_parquet(output, images, rows, errors):
@@ -178,11 +168,11 @@ def write_parquet(output, images, rows, errors):
     write_output(output, write)
 
 
-def write_table(args, journal, images, ending, names):
+def write_table(args, journal, images, ending, task):
     """--output from a complete journal, which is then removed; the rows and errors."""
     rows, errors = journal.merge(len(images))
     if ending == ".csv":
-        write_predictions(args.output, images, rows, errors, names)
+        write_predictions(args, images, rows, errors, task)
     elif ending == ".parquet":
         write_parquet(args.output, images, rows, errors)
     else:
@@ -195,14 +185,13 @@ def write_table(args, journal, images, ending, names):
     return rows, errors
 
 
-def draw_predictions(args, dataset, rows, errors, names):
+def draw_predictions(args, dataset, rows, errors, task):
     count = min(len(dataset), 64)
     cells = []
     for index in (i * len(dataset) // count for i in range(count)):
         caption = "unreadable"
         if index not in errors:
-            name, p = split_row(rows[index], names)[0]
-            caption = f"{name}\n{100 * p:.1f} %"
+            caption = "\n".join(task.cells(rows[index], 1))
         cells.append((read_pixels(dataset, index), caption, None))
     save_sheet("--sheet", args.sheet, [cells[i : i + 8] for i in range(0, count, 8)])
     log(f"{count} of them: {args.sheet}")
@@ -210,15 +199,15 @@ def draw_predictions(args, dataset, rows, errors, names):
 
 def main(args):
     ending = check_args(args)
-    classify = ending == ".csv"
-    inference = load_inference(args, needs_head=classify)
-    names = class_names(inference) if classify else None
+    predicts = ending == ".csv"
+    inference = load_inference(args, needs_head=predicts)
+    task = find_task(inference) if predicts else None
     dataset = inference.build_dataset("IMAGE", args.images)
-    function = build_function(args, inference.model, classify)
+    function = build_function(args, inference.model, task)
     if not args.output:
         if args.sheet or utils.get_world_size() > 1:
             raise UserError("--output: give a .csv; --sheet and several processes need it")
-        return print_predictions(inference, dataset, function, names)
+        return print_predictions(inference, dataset, function, task)
 
     journal = Journal(args.output, describe_run(args, dataset))
     done = journal.done()
@@ -231,9 +220,9 @@ def main(args):
     utils.barrier()
 
     def finish():
-        rows, errors = write_table(args, journal, dataset.images, ending, names)
+        rows, errors = write_table(args, journal, dataset.images, ending, task)
         if args.sheet:
-            draw_predictions(args, dataset, rows, errors, names)
+            draw_predictions(args, dataset, rows, errors, task)
 
     utils.on_main_rank(finish)
 

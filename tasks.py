@@ -1,0 +1,546 @@
+"""What is learned from labels: one class an image, several, or numbers. To add a task, write a class into `TASKS`.
+
+A task reads labels, which are text wherever they come from, as targets of the head's outputs. It has a loss, an
+evaluation, a metric that decides the best checkpoint, and a form of predictions: nothing else knows what is learned.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from checkpoints import is_task
+from flags import fraction_below_1
+from index import sort_labels
+from shards import SEPARATOR, shorten
+from utils import UserError, log
+
+
+def add_loss_args(parser):
+    add = parser.add_argument_group("task and loss").add_argument
+    losses = "ce: cross-entropy, one class an image; bce: binary cross-entropy of each class, also of several an image"
+    losses += f", as in cat{SEPARATOR}dog; mse, l1: regression, mean squared or absolute error"
+    choices = list(dict.fromkeys(loss for task in reversed(TASKS) for loss in task.losses))
+    add("--loss", default="ce", choices=choices, help=losses)
+    add("--smoothing", default=0.1, type=fraction_below_1, help="label smoothing of classes")
+    balanced = "balanced: weigh each class in the loss by images / (classes x images of the class); None: all alike"
+    add("--class_weights", choices=("balanced",), help=balanced)
+
+
+class Labels(NamedTuple):
+    """The labels of an image set."""
+
+    texts: list  # each label that occurs
+    numbers: np.ndarray  # (n,) which of them an image has
+    columns: list  # titles of the columns of a list that they come from; of several, a text joins the values
+
+
+# ---------------------------------------------------------------- evaluations
+
+
+class Evaluation:
+    """Answers to every readable image of a data set, in the order of the set.
+
+    loss: mean over the images. targets (n,) or (n, K). unreadable: names of the images left out. That of a task also
+    has `metrics()`, numbers by name, `per_class()`, by name (K,) of the outputs, and `describe()`, a line without loss.
+    """
+
+    unit = "class"  # what an output is of
+    confusion = None  # or a method: (C, C) counts, row = true class, column = most probable class
+
+    def __init__(self, loss, targets, unreadable=()):
+        self.loss, self.targets, self.unreadable = loss, targets, unreadable
+
+    def __str__(self):
+        left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
+        return f"{self.describe()}  loss {self.loss:.4f}  ({len(self.targets)} images{left_out})"
+
+
+class ClassEvaluation(Evaluation):
+    """targets (n,): true classes. top (n, K): the most probable classes, in falling order. loss: cross-entropy.
+
+    topk: at which k to report accuracy, precision and recall, 1 always.
+    """
+
+    def __init__(self, loss, targets, top, num_classes, topk=(1, 5), unreadable=()):
+        super().__init__(loss, targets, unreadable)
+        self.top, self.num_classes, self.topk = top, num_classes, sorted({1, *topk})
+
+    def accuracy(self, k):
+        """Percentage of the images whose class is among the k most probable."""
+        return 100 * (self.top[:, :k] == self.targets[:, None]).any(1).double().mean().item()
+
+    def metrics(self):
+        """By name: loss, and for each k the accuracy and the class means of precision and recall, in per cent."""
+        columns = self.per_class()
+        has_images = columns.pop("images") > 0  # a class without is left out of the means
+        means = {name: 100 * column[has_images].nan_to_num().mean().item() for name, column in columns.items()}
+        return {"loss": self.loss} | {f"acc{k}": self.accuracy(k) for k in self.topk} | means
+
+    def per_class(self):
+        """By name, for each class (C,): images, and precision and recall at each k; nan for 0 / 0."""
+        images = self.targets.bincount(minlength=self.num_classes)
+        columns = {"images": images}
+        for k in self.topk:
+            top = self.top[:, :k]
+            predicted = top.flatten().bincount(minlength=self.num_classes)
+            correct = self.targets[(top == self.targets[:, None]).any(1)].bincount(minlength=self.num_classes)
+            columns |= {f"precision{k}": correct.double() / predicted, f"recall{k}": correct.double() / images}
+        return columns
+
+    def confusion(self):
+        """(C, C) counts: row = true class, column = most probable class."""
+        pairs = self.targets * self.num_classes + self.top[:, 0]
+        return pairs.bincount(minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
+
+    def describe(self):
+        return "  ".join(f"top-{k} {self.accuracy(k):.2f} %" for k in self.topk)
+
+
+class MultiLabelEvaluation(Evaluation):
+    """targets (n, K): 1 for each class of an image. logits (n, K): above 0, probability 0.5, a class is predicted."""
+
+    def __init__(self, loss, targets, logits, unreadable=()):
+        super().__init__(loss, targets > 0.5, unreadable)
+        self.logits, self.predicted = logits, logits > 0
+        images, predicted = self.targets.sum(0), self.predicted.sum(0)
+        correct = (self.predicted & self.targets).sum(0).double()
+        areas = [average_precision(*pair) for pair in zip(logits.T, self.targets.T, strict=True)]
+        self.columns = {"images": images, "average_precision": torch.stack(areas), "precision": correct / predicted}
+        self.columns |= {"recall": correct / images, "f1": 2 * correct / (predicted + images)}
+
+    def per_class(self):
+        """By name, for each class (K,): images, average precision, and precision, recall and F1; nan for 0 / 0."""
+        return self.columns
+
+    def metrics(self):
+        """loss; in per cent: mAP and macro F1, means over the classes that occur, and micro F1, of all answers."""
+        occurs, answers = self.columns["images"] > 0, self.predicted.sum() + self.targets.sum()
+        mean_ap, macro = (100 * self.columns[name][occurs].mean().item() for name in ("average_precision", "f1"))
+        micro = 200 * ((self.predicted & self.targets).sum() / answers).nan_to_num().item()
+        return {"loss": self.loss, "mAP": mean_ap, "f1_macro": macro, "f1_micro": micro}
+
+    def describe(self):
+        return "mAP {mAP:.2f} %  F1 macro {f1_macro:.2f} %  micro {f1_micro:.2f} %".format(**self.metrics())
+
+
+def average_precision(scores, is_true):
+    """The area below precision over recall, in steps, as scikit-learn's; scores, truths (n,). nan without a truth."""
+    order = scores.argsort(descending=True)
+    scores, correct = scores[order], is_true[order].cumsum(0).double()
+    is_threshold = scores.diff(append=scores.new_full((1,), -torch.inf)) != 0  # equal scores are one
+    correct, retrieved = correct[is_threshold], is_threshold.nonzero().flatten() + 1
+    return (correct / retrieved * correct.diff(prepend=correct.new_zeros(1))).sum() / correct[-1]
+
+
+class RegressionEvaluation(Evaluation):
+    """targets and predictions (n, K), float64, in the units of the labels; names: of the targets."""
+
+    unit = "target"
+
+    def __init__(self, loss, targets, predictions, names, unreadable=()):
+        super().__init__(loss, targets, unreadable)
+        self.predictions, self.names = predictions, names
+
+    def per_class(self):
+        """By name, for each target (K,): mean absolute error, and R2 = 1 - squared errors / squares from the mean.
+
+        As scikit-learn's: R2 of a target that is the same in all images is 1 if it is predicted exactly, else 0.
+        """
+        errors, spread = self.predictions - self.targets, self.targets - self.targets.mean(0)
+        squares, same = errors.square().sum(0), self.targets.amin(0) == self.targets.amax(0)
+        r2 = torch.where(same, squares == 0, 1 - squares / spread.square().sum(0))
+        return {"mae": errors.abs().mean(0), "r2": r2}
+
+    def metrics(self):
+        """loss; R2 and MAE, means over the targets."""
+        return {"loss": self.loss} | {name: self.per_class()[name].mean().item() for name in ("r2", "mae")}
+
+    def describe(self):
+        errors = zip(self.names, self.per_class()["mae"].tolist(), strict=True)
+        return f"R2 {self.metrics()['r2']:.4f}  MAE " + ", ".join(f"{name} {error:.4g}" for name, error in errors)
+
+
+# ---------------------------------------------------------------- tasks
+
+
+class Task:
+    """What all tasks share. names: of the outputs, in the order of the head. loss: which of `losses` is minimized.
+
+    A task also has:
+
+        fit(loss, labels)           class method: the task of a training set's `Labels`. Raises ValueError.
+        encode(labels)              (L, K) float32 of their texts, or classes (L,). Raises ValueError for one unknown.
+        build_loss(smoothing, targets, device)
+                                    criterion(outputs (N, K), targets (N, K) or (N,), also mixed) -> scalar. targets:
+                                    all of the training set, to weigh classes by their counts, or None.
+        metric_names(topk)          class method: the names of `Evaluation.metrics`.
+        measure(outputs, targets, topk)
+                                    (n, 1 + D): loss of each image, and what else `evaluate` needs.
+        evaluate(rows, targets, topk, unreadable)
+                                    the `Evaluation` of such rows of all images.
+        predict(outputs)            (n, K) as people read them: probabilities, or numbers in the units of the labels.
+        titles(topk), cells(row, topk), describe_row(row, topk)
+                                    of a table of predictions, and a row of it in one line.
+        str(task)                   in a few words
+    """
+
+    kind = ""  # its name in checkpoints
+    losses = ()  # of --loss
+    best = ""  # the metric that decides the best checkpoint
+    one_class = False  # whether an image has one class: then classes can be balanced, and a part of each be held out
+    labels = None  # the labels that images may have, in the order of targets; None: `encode` says
+
+    def __init__(self, loss, names):
+        self.loss, self.names = loss, list(names)
+
+    @classmethod
+    def fits(cls, loss, labels):
+        """Whether these `Labels` with this loss are such a task."""
+        return loss in cls.losses
+
+    @classmethod
+    def check_args(cls, args):
+        """Raise UserError for flags that do not fit."""
+        if not cls.one_class and (args.images_per_class or args.shuffle == "balanced"):
+            flag = f"images_per_class {args.images_per_class}" if args.images_per_class else "shuffle balanced"
+            raise UserError(f"--{flag}: not for {cls.kind}, where an image is not of one class; leave it out")
+
+    def state_dict(self):
+        """What checkpoints keep: the arguments of the constructor but the names, and `kind`."""
+        return {"kind": self.kind, "loss": self.loss}
+
+    def read_targets(self, labels):
+        """(n, K) float32, or classes (n,), of the images of `Labels`. Raises as `encode` does."""
+        return self.encode(labels)[labels.numbers]
+
+    def rows(self, predictions, topk):
+        """(n, D) what a table keeps of predictions (n, K)."""
+        return predictions
+
+
+class Classification(Task):
+    """One class an image. With `bce` each class is a question of yes or no (Wightman et al., 2021)."""
+
+    kind, losses, best, one_class = "classification", ("ce", "bce"), "acc1", True
+
+    @property
+    def labels(self):
+        return self.names
+
+    @classmethod
+    def fit(cls, loss, labels):
+        if len(labels.texts) == 1:
+            raise ValueError(f"has one class only, {labels.texts[0]}: nothing to tell apart")
+        if len(labels.columns) > 1:
+            columns = ",".join(labels.columns)
+            raise ValueError(f"--label_column {columns}: one column for --loss {loss}, several for others")
+        joined = next((text for text in labels.texts if SEPARATOR in text), None)
+        if joined is not None:
+            log(f"NOTE: {joined} counts as one class; where images have several, give --loss bce")
+        return cls(loss, labels.texts)
+
+    def read_targets(self, labels):
+        if len(labels.texts) != len(self.names):
+            raise ValueError(f"the data has {len(labels.texts)} classes, the model {len(self.names)}")
+        return labels.numbers
+
+    def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
+        """ce: the mean over images of sum_k w_k p_k (-log q_k), p smoothed, as torch's cross-entropy of probabilities.
+
+        w_k = images / (classes x images of class k). bce: as `MultiLabel`, smoothed as in ce.
+        """
+        count, weights, answers = len(self.names), None, (1.0, 1.0)
+        if targets is not None:
+            images = torch.from_numpy(np.bincount(targets, minlength=count)).to(device)
+            weights = balance(images, len(targets), (images > 0).sum())
+            answers = balance_answers(images, len(targets))
+
+        def criterion(logits, targets):
+            targets = F.one_hot(targets, count) if targets.ndim == 1 else targets
+            targets = targets * (1 - smoothing) + smoothing / count
+            if self.loss == "bce":
+                return binary_cross_entropy(logits, targets, *answers).mean()
+            return F.cross_entropy(logits, targets, weights)
+
+        return criterion
+
+    @classmethod
+    def metric_names(cls, topk):
+        topk = sorted({1, *topk})
+        return ["loss", *(f"acc{k}" for k in topk), *(f"{name}{k}" for k in topk for name in ("precision", "recall"))]
+
+    def measure(self, outputs, targets, topk):
+        losses = F.cross_entropy(outputs, targets, reduction="none")
+        top = outputs.topk(min(max(topk), len(self.names))).indices
+        return torch.cat([losses[:, None].double(), top.double()], 1)
+
+    def evaluate(self, rows, targets, topk, unreadable):
+        num_classes = len(self.names)
+        return ClassEvaluation(rows[:, 0].mean().item(), targets, rows[:, 1:].long(), num_classes, topk, unreadable)
+
+    def predict(self, outputs):
+        return outputs.softmax(1)
+
+    def rows(self, predictions, topk):
+        """The largest probabilities and then their classes."""
+        top = predictions.topk(min(topk, len(self.names)))
+        return torch.cat([top.values, top.indices.to(top.values.dtype)], 1)
+
+    def split_row(self, row):
+        """[(name, probability)], in falling order."""
+        count = len(row) // 2
+        return [(self.names[int(number)], float(p)) for p, number in zip(row[:count], row[count:], strict=True)]
+
+    def titles(self, topk):
+        count = min(topk, len(self.names))
+        return [f"{name}{k + 1}" for k in range(count) for name in ("class", "probability")]
+
+    def cells(self, row, topk):
+        return [value for name, p in self.split_row(row)[:topk] for value in (name, f"{p:.6f}")]
+
+    def describe_row(self, row, topk):
+        return ", ".join(f"{name} {100 * p:.1f} %" for name, p in self.split_row(row)[:topk])
+
+    def __str__(self):
+        return f"{len(self.names)} classes"
+
+
+class MultiLabel(Classification):
+    """Any number of classes an image: names joined by the separator, which alone is none, or 0 and 1 in columns."""
+
+    kind, losses, best, one_class, labels = "multi-label classification", ("bce",), "mAP", False, None
+    read_targets = Task.read_targets
+
+    @classmethod
+    def fits(cls, loss, labels):
+        several = len(labels.columns) > 1 or any(SEPARATOR in text for text in labels.texts)
+        return loss in cls.losses and several
+
+    @classmethod
+    def fit(cls, loss, labels):
+        names = labels.columns
+        if len(names) == 1:
+            names = sort_labels({name for text in labels.texts for name in split_names(text)})
+        task = cls(loss, names)
+        table = task.encode(labels)[np.unique(labels.numbers)]
+        if (table == table[0]).all():
+            classes = [name for name, value in zip(names, table[0], strict=True) if value]
+            raise ValueError(f"all images have the same classes, {shorten(classes) or 'none'}: nothing to tell apart")
+        return task
+
+    def encode(self, labels):
+        if len(labels.columns) > 1:
+            check_columns(labels.columns, self.names)
+            return parse_numbers(labels.texts, len(self.names), "0 or 1", (0, 1)).astype(np.float32)
+        numbers = {name: number for number, name in enumerate(self.names)}
+        table = np.zeros((len(labels.texts), len(self.names)), dtype=np.float32)
+        for row, text in zip(table, labels.texts, strict=True):
+            for name in split_names(text):
+                if name not in numbers:
+                    known = f"is not among the {len(numbers)} classes of the model: {shorten(self.names)}"
+                    raise ValueError(f"class {name} {known}")
+                row[numbers[name]] = 1
+        return table
+
+    def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
+        """The mean over images and classes of -(a t log p + b (1 - t) log(1 - p)), t smoothed towards 1/2.
+
+        a = images / (2 x images with the class), b = images / (2 x images without it).
+        """
+        answers = (1.0, 1.0)
+        if targets is not None:
+            answers = balance_answers(torch.from_numpy(targets.sum(0)).to(device), len(targets))
+
+        def criterion(logits, targets):
+            return binary_cross_entropy(logits, targets * (1 - smoothing) + smoothing / 2, *answers).mean()
+
+        return criterion
+
+    @classmethod
+    def metric_names(cls, topk):
+        return ["loss", "mAP", "f1_macro", "f1_micro"]
+
+    def measure(self, outputs, targets, topk):
+        losses = binary_cross_entropy(outputs, targets).mean(1, keepdim=True)
+        return torch.cat([losses, outputs], 1).double()
+
+    def evaluate(self, rows, targets, topk, unreadable):
+        return MultiLabelEvaluation(rows[:, 0].mean().item(), targets, rows[:, 1:], unreadable)
+
+    def predict(self, outputs):
+        return outputs.sigmoid()
+
+    def rows(self, predictions, topk):
+        return super().rows(predictions, len(self.names))
+
+    def find_classes(self, row):
+        """The names of the classes above 0.5, joined."""
+        return SEPARATOR.join(name for name, p in self.split_row(row) if p > 0.5)
+
+    def titles(self, topk):
+        return ["classes", *super().titles(topk)]
+
+    def cells(self, row, topk):
+        return [self.find_classes(row), *super().cells(row, topk)]
+
+    def describe_row(self, row, topk):
+        return f"{self.find_classes(row) or 'none'} ({super().describe_row(row, topk)})"
+
+    def __str__(self):
+        return f"{len(self.names)} classes, any number an image"
+
+
+class Regression(Task):
+    """One or several numbers an image. Outputs are standardized: mean, std (K,) are those of the training set."""
+
+    kind, losses = "regression", ("mse", "l1")
+
+    def __init__(self, loss, names, mean, std):
+        super().__init__(loss, names)
+        self.mean, self.std = list(mean), list(std)
+        finite = np.isfinite(self.mean + self.std).all() and min(self.std) > 0
+        if not finite or not len(self.names) == len(self.mean) == len(self.std):
+            raise ValueError(f"{len(self.names)} targets with means {mean} and deviations {std}")
+
+    @property
+    def best(self):
+        """mse minimizes what R2 is made of; l1, chosen because of outliers, the MAE."""
+        return "r2" if self.loss == "mse" else "mae"
+
+    @classmethod
+    def fit(cls, loss, labels):
+        count = max(len(labels.columns), len(split_values(labels.texts[0])))
+        names = labels.columns if len(labels.columns) == count else [f"{labels.columns[0]}{k}" for k in range(count)]
+        values = parse_numbers(labels.texts, count, f"a number for --loss {loss}")[labels.numbers]
+        for name, least, most in zip(names, values.min(0), values.max(0), strict=True):
+            if least == most:
+                raise ValueError(f"{name} is {least:g} in all images: nothing to predict")
+        return cls(loss, names, values.mean(0).tolist(), values.std(0).tolist())
+
+    @classmethod
+    def check_args(cls, args):
+        super().check_args(args)
+        if args.class_weights:
+            raise UserError(f"--class_weights {args.class_weights}: not for regression, which has no classes")
+        if args.cutmix or args.cutmix_minmax:
+            flag = f"cutmix {args.cutmix}" if args.cutmix else "cutmix_minmax"
+            reason = "a piece of an image has no number of its own; leave it out, or give --mixup"
+            raise UserError(f"--{flag}: not for regression: {reason}")
+
+    def state_dict(self):
+        return super().state_dict() | {"mean": self.mean, "std": self.std}
+
+    def encode(self, labels):
+        if len(labels.columns) > 1:
+            check_columns(labels.columns, self.names)
+        values = parse_numbers(labels.texts, len(self.names), "a number")
+        return ((values - self.mean) / self.std).astype(np.float32)
+
+    def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
+        """The mean over images and targets of the squared or absolute error, in standard deviations."""
+        return {"mse": F.mse_loss, "l1": F.l1_loss}[self.loss]
+
+    @classmethod
+    def metric_names(cls, topk):
+        return ["loss", "r2", "mae"]
+
+    def measure(self, outputs, targets, topk):
+        losses = self.build_loss()(outputs, targets, reduction="none").mean(1, keepdim=True)
+        return torch.cat([losses, outputs], 1).double()
+
+    def evaluate(self, rows, targets, topk, unreadable):
+        true, predicted = self.predict(targets.double()), self.predict(rows[:, 1:])
+        return RegressionEvaluation(rows[:, 0].mean().item(), true, predicted, self.names, unreadable)
+
+    def predict(self, outputs):
+        return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
+
+    def titles(self, topk):
+        return self.names
+
+    def cells(self, row, topk):
+        return [f"{float(value):.6g}" for value in row]
+
+    def describe_row(self, row, topk):
+        return ", ".join(f"{name} {float(value):.4g}" for name, value in zip(self.names, row, strict=True))
+
+    def __str__(self):
+        facts = zip(self.names, self.mean, self.std, strict=True)
+        return "regression of " + ", ".join(f"{name} ({mean:.4g} +- {std:.4g})" for name, mean, std in facts)
+
+
+TASKS = (MultiLabel, Regression, Classification)  # the first that fits
+
+
+def possible_tasks(loss):
+    """The classes of tasks that labels may turn out to be."""
+    return [task for task in TASKS if loss in task.losses]
+
+
+def find_task(loss, labels):
+    """The class of the task of `Labels`."""
+    return next(task for task in TASKS if task.fits(loss, labels))
+
+
+def restore_task(checkpoint):
+    """The task of a checkpoint; None for classes without names. Raises ValueError for one that is unknown here."""
+    state, names = checkpoint.get("task") or {"kind": Classification.kind, "loss": "ce"}, checkpoint.get("class_names")
+    known = {task.kind: task for task in TASKS}
+    if is_task(state) and state["kind"] in known and state["loss"] in known[state["kind"]].losses:
+        if names is None and state["kind"] == Classification.kind:
+            return None
+        with contextlib.suppress(TypeError):  # other arguments
+            return known[state["kind"]](names=names, **{name: state[name] for name in state if name != "kind"})
+    raise ValueError(f"its task is {state}, of {names}; known are {', '.join(known)}")
+
+
+# ---------------------------------------------------------------- labels as text, weights
+
+
+def split_names(text):
+    return [name.strip() for name in text.split(SEPARATOR) if name.strip()]
+
+
+def split_values(text):
+    return text.removesuffix(SEPARATOR).split(SEPARATOR)
+
+
+def check_columns(columns, names):
+    if list(columns) != list(names):
+        raise ValueError(f"columns {', '.join(columns)}: must be those of the model, {', '.join(names)}, in this order")
+
+
+def parse_numbers(texts, count, accepted, values=None):
+    """(L, count) float64: the numbers in each text. Raises ValueError for one that is not finite or not of `values`.
+
+    accepted: what is, in words.
+    """
+    table = np.full((len(texts), count), np.nan)
+    for row, text in zip(table, texts, strict=True):
+        words = split_values(text)
+        if len(words) != count:
+            raise ValueError(f"label {text}: has {len(words)} values, not {count}")
+        for place, word in enumerate(words):
+            with contextlib.suppress(ValueError):
+                row[place] = float({"True": 1, "False": 0}.get(word, word))
+            if not np.isfinite(row[place]) or values and row[place] not in values:
+                raise ValueError(f"label {word.strip() or text}: must be {accepted}")
+    return table
+
+
+def balance(count, total, parts):
+    """(K,) weights total / (parts x count), as scikit-learn's "balanced"; 0 for a class without an image."""
+    return torch.where(count > 0, total / (parts * count.clamp(min=1)), 0.0).float()
+
+
+def balance_answers(count, total):
+    """Weights (K,) of yes and of no to each class, which are the two classes of a problem of their own."""
+    return balance(count, total, 2), balance(total - count, total, 2)
+
+
+def binary_cross_entropy(logits, targets, positive=1.0, negative=1.0):
+    """(N, K) of targets in [0, 1]; positive, negative: weights (K,) of yes and no."""
+    return -(positive * targets * F.logsigmoid(logits) + negative * (1 - targets) * F.logsigmoid(-logits))
