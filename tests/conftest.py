@@ -224,11 +224,11 @@ def finish(process):
     return out
 
 
-def two_ranks(module, *flags, second=()):
-    """A script in two forks, as a launcher starts it that does not watch them; second: more flags of that one."""
-    job = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=2)
-    more = [(), second]
-    return [Fork(module, [*flags, *more[rank]], RANK=rank, LOCAL_RANK=rank, **job) for rank in (0, 1)]
+def start_ranks(module, *flags, ranks=2, second=()):
+    """A script in forks, as a launcher starts it that does not watch them; second: more flags of that rank."""
+    job = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=ranks)
+    more = {1: second}
+    return [Fork(module, [*flags, *more.get(rank, ())], RANK=rank, LOCAL_RANK=rank, **job) for rank in range(ranks)]
 
 
 def free_port():

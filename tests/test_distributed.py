@@ -20,7 +20,7 @@ from conftest import (
     finish,
     free_port,
     log_lines,
-    two_ranks,
+    start_ranks,
     weights,
 )  # fmt: skip
 from torch.nn.parallel import DistributedDataParallel
@@ -99,7 +99,7 @@ class Runs:
         return [finish(process) for process in self.start_two(folder)][0]
 
     def start_two(self, folder, *options, **more):
-        return two_ranks(self.module, *self.flags, "--batch_size", 4, "--output_dir", folder, *options, **more)
+        return start_ranks(self.module, *self.flags, "--batch_size", 4, "--output_dir", folder, *options, **more)
 
 
 @pytest.fixture(scope="session", params=[main_pretrain, main_finetune], ids=lambda module: module.__name__)
@@ -136,7 +136,7 @@ def copy_middle(run, folder):
     return folder
 
 
-def test_two_ranks_and_accumulation_train_as_one(runs):
+def test_start_ranks_and_accumulation_train_as_one(runs):
     assert_close(runs.one, runs.two)
     assert_close(runs.one, runs.accumulated)
 

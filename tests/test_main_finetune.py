@@ -2,19 +2,16 @@
 
 import csv
 import functools
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm.utils
 import torch
-from conftest import TINY, assert_same_weights, log_lines, weights
+from conftest import TINY, assert_same_weights, finish, log_lines, start_ranks, weights
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from timm.data import create_transform
@@ -328,21 +325,6 @@ def final(finetune, flags, folder):
     assert result.status == 0, result.err
     last = max(folder.glob("checkpoint-?.pth"))
     return load(last)
-
-
-def torchrun(processes, *flags):
-    """Start main_finetune.py in so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["main_finetune.py", *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-
-
-def output(process):
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return out
 
 
 # ---------------------------------------------------------------- flags change what they say
@@ -736,8 +718,8 @@ def test_any_number_of_processes_evaluates_every_image_once(finetune, tmp_path, 
     torch.save({"model": model.state_dict()}, tmp_path / "random.pth")
     flags = [*TINY, *"--in_chans 1 --data_set DIGITS --eval true --batch_size 50".split()]
     flags += ["--resume", tmp_path / "random.pth", "--output_dir"]
-    three = torchrun(3, *flags, tmp_path / "3")
-    printed = [finetune(*flags, tmp_path / "1").out, output(three)]
+    three = start_ranks(main_finetune, *flags, tmp_path / "3", ranks=3)
+    printed = [finetune(*flags, tmp_path / "1").out, finish(three[0])]
     _, _, counts = table(tmp_path / "1" / "confusion.csv")
     assert counts.sum() == 359 and (counts.sum(0) > 0).sum() > 1  # not all the same class
     pattern = r"evaluation: top-1 ([\d.]+) %  top-5 ([\d.]+) %  loss ([\d.]+)  \(359 images\)"

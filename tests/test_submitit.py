@@ -217,7 +217,7 @@ def test_a_job_on_two_nodes_that_is_interrupted_ends_as_if_it_had_not_been(
     if script == FINETUNE and request.config.getoption("--rounds") == 1:
         pytest.skip("the same wrapper as of pre-training; --rounds 2 runs it")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = [*ON_CPU, *"--nodes 2 --ngpus 1 --epochs 1 --warmup_epochs 0 --batch_size 8 --print_freq 1".split()]
+    flags = [*ON_CPU, *"--nodes 2 --ngpus 1 --epochs 1 --warmup_epochs 0 --batch_size 16 --print_freq 1".split()]
     flags += {PRETRAIN: "--decoder_embed_dim 16 --picture_freq 0", FINETUNE: "--images_per_class 40"}[script].split()
     jobs = [submit(script, *flags).out.split()[1].rstrip(":") for _ in range(2)]
     folders = [tmp_path / "jobs" / job for job in jobs]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import assert_same_weights, gap, randomise, run_script_here
+from conftest import assert_same_weights, finish, gap, randomise, run_script_here, start_ranks
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import auto_augment
@@ -26,7 +26,7 @@ import datasets
 import evaluation
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from tools import benchmark, common, contestants, loaders
+from tools import benchmark, common, contestants, loaders, probe
 
 pytestmark = [
     pytest.mark.usefixtures("seed_and_one_thread"),
@@ -354,9 +354,7 @@ def test_probe_prints_the_same_on_one_and_on_two_processes(tool, pretrained, lab
     knn, linear = accuracies.values()
     line = f"{path}: k-nearest-neighbor {knn:.2f} %  linear {linear:.2f} %  (22 and 7 images)"
     assert out.splitlines() == [line]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command = [*map(str, [*torchrun, "tools.probe", "--checkpoint", path, *flags])]
-    assert line in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    assert line in finish(start_ranks(probe, "--checkpoint", path, *flags)[0])
 
 
 @pytest.mark.parametrize(
