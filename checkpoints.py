@@ -401,6 +401,11 @@ def is_task(value):
     )
 
 
+def is_optimizer_state(value):
+    groups = isinstance(value, dict) and isinstance(value.get("state"), dict) and value.get("param_groups")
+    return isinstance(groups, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+
+
 # The entries of a checkpoint of this project that are not weights: a test and, in words, what passes it
 SCHEMA = {
     "epoch": (is_count, "a whole number, at least 0"),
@@ -410,7 +415,7 @@ SCHEMA = {
     "sample_order": (is_count, "a whole number, at least 0"),
     "lr": (lambda value: is_number(value) and 0 <= value < math.inf, "a number, at least 0"),
     "config": (is_config, "a dict of the network's options"),
-    "optimizer": (lambda value: isinstance(value, dict), "a dict"),
+    "optimizer": (is_optimizer_state, "the state dict of an optimizer"),
     "scaler": (lambda value: isinstance(value, dict), "a dict"),
     "hooks": (lambda value: isinstance(value, dict), "a dict"),
     "args": (is_flags, "a dict of the training's flags"),

@@ -101,15 +101,15 @@ def run_main(main, args, name):
 
 def report(name, error):
     """Print an error in one line: on the main rank, and on another one if the main rank does not fail alike."""
-    place = ""
+    place, error = "", " ".join(str(error).splitlines())
     if dist.is_initialized():
-        STORE[0].set(f"error of rank {get_rank()}", str(error))
+        STORE[0].set(f"error of rank {get_rank()}", error)
     if not is_main_process():
         if not dist.is_initialized():
             return  # of the flags, which are the same on every rank
         with contextlib.suppress(dist.DistError, RuntimeError):
             STORE[0].wait(["error of rank 0"], datetime.timedelta(seconds=5))
-            if STORE[0].get("error of rank 0").decode() == str(error):
+            if STORE[0].get("error of rank 0").decode() == error:
                 return
         place = f"rank {get_rank()}, on {socket.gethostname()}: "
     print(f"{name}: error: {place}{error}", file=sys.stderr)

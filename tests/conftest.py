@@ -68,6 +68,18 @@ def image_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def small(image_folder):
+    """5 steps an epoch: 22 images in batches of 4."""
+    return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder for runs that several tests of a file look at."""
+    return tmp_path_factory.mktemp("shared")
+
+
 @pytest.fixture(scope="session")
 def labelled_folder(tmp_path_factory):
     """train/ with 22 and val/ with 7 images in three class folders."""

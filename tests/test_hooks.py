@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def small(image_folder, narrow):
-    """5 steps an epoch: 22 images in batches of 4."""
-    return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
+def small(small, narrow):
+    """With a smaller model."""
+    return small
 
 
 @pytest.fixture
@@ -42,11 +42,6 @@ def everything(small, labelled_folder):
     """All that observes pre-training."""
     flags = f"--probe_freq 1 --probe_data_path {labelled_folder} --picture_freq 1 --profile_steps 1:3 --print_freq 2"
     return [*small, *flags.split(), "--watch", "probe_linear"]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return tmp_path_factory.mktemp("hooks")
 
 
 @pytest.fixture

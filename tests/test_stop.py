@@ -25,17 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def small(image_folder):
-    """5 steps an epoch: 22 images in batches of 4."""
-    return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return tmp_path_factory.mktemp("stop")
-
-
-@pytest.fixture
 def whole(shared, small, pretrain):
     """The folder of a run of `small` that nothing stopped; made once."""
     if not (shared / "whole").exists():
