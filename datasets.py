@@ -63,9 +63,7 @@ def add_unlabelled_args(parser):
 def add_image_args(add):
     """The flags of images for any training."""
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
-    meaning = (
-        "values that become black and white, for gray 16-bit and float images; None: the upper byte of 16 bits, the"
-    )
+    meaning = "values that become black and white, for 16-bit and float images; None: the upper byte of 16 bits, the"
     number = flags.number(float, math.isfinite, "a number")
     add("--pixel_range", nargs=2, type=number, metavar=("LOW", "HIGH"), help=f"{meaning} own range of each float image")
     add_source_args(add)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import logging
 import os
 import random
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import shards
 import utils
-from index import open_index
+from index import open_index, read_file
 from shards import find_formats, in_one_line
 from utils import UserError
 
@@ -50,7 +51,7 @@ class ImageFolder:
         return self.index.name(index)
 
     def open(self, index):
-        return open_image(io.BytesIO(self.index.read(index)), self.in_chans, self.index.path_in_part(index))
+        return open_image(io.BytesIO(self.index.read(index)), self.in_chans)
 
     def prefetch(self, start, stop):
         self.index.prefetch(start, stop)
@@ -248,34 +249,82 @@ def check_color_mode(in_chans, data_set):
         raise UserError(f"--in_chans {in_chans}: must be one of {list(COLOR_MODES)} for {data_set}")
 
 
-def open_image(file, in_chans, name=None):
-    """The image in a file, given by its path, or open with its name.
+def open_image(file, in_chans):
+    """The image in a file, given by its path or by its bytes (io.BytesIO), whose content says what it is.
 
-    A context manager of an undecoded Pillow image or, from .npy, of what `open_array` returns. Raises what Pillow
-    raises for an unknown file, and ValueError for an array or a number of channels that do not fit.
+    A context manager of an undecoded Pillow image or, from .npy and from TIFF of which Pillow would not read all, of
+    what `open_array` returns. Raises what Pillow raises for an unknown file, ValueError for an array or a number of
+    channels that do not fit, ImportError if tifffile is missing.
     """
-    if str(name or file).lower().endswith(".npy"):
+    file = file if isinstance(file, io.BytesIO) else io.BytesIO(read_file(file))
+    start = bytes(file.getbuffer()[:6])
+    if start == b"\x93NUMPY":
         return open_array(np.load(file), in_chans)
+    image = None
+    with contextlib.suppress(UnidentifiedImageError):
+        image = Image.open(file, formats=find_formats())
+    is_tiff = start[:2] in (b"II", b"MM") and start[2:4] in (b"*\0", b"\0*", b"+\0", b"\0+")
+    if is_tiff and (image is None or not is_plain_tiff(image, in_chans)):
+        file.seek(0)
+        return open_array(read_tiff(file, in_chans), in_chans)
+    if image is None:
+        raise UnidentifiedImageError("not an image in a format that Pillow reads")
     if in_chans not in COLOR_MODES:
-        raise ValueError(f"image files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays have others")
+        raise ValueError(f"such files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays and TIFF have others")
+    return image
+
+
+def is_plain_tiff(image, in_chans):
+    """Whether Pillow reads all of a TIFF file that it opened: one page, of one band or of 8-bit colors."""
+    bands, bits, extra = (image.tag_v2.get(tag, default) for tag, default in ((277, 1), (258, (1,)), (338, (0,))))
+    is_read = bands == 1 or bands == len(image.getbands()) and max(bits) <= 8
+    is_opacity = image.mode != "RGBA" or in_chans != 4 or extra[0] in (1, 2)  # else the fourth band is one like others
+    return image.n_frames == 1 and is_read and is_opacity and in_chans in COLOR_MODES
+
+
+def read_tiff(file, in_chans):
+    """(H, W, C) of a TIFF file: the C bands of its one page, or its C pages of one band; smaller copies do not count.
+
+    Raises ValueError unless C is in_chans, or 1 or 3 where Pillow's images of in_chans channels can be made of that.
+    """
     try:
-        return Image.open(file, formats=find_formats())
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError("not an image in a format that Pillow reads") from None
+        import tifffile
+    except ImportError:
+        problem = "a TIFF file of several pages or bands is read by tifffile, which is missing"
+        raise ImportError(f"{problem}: pip install tifffile") from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would warn of odd tags, without the file's name
+    with tifffile.TiffFile(file) as tiff:
+        pages = [page for page in tiff.pages if not page.is_reduced]
+        page, shapes = pages[0], {(page.shape, page.axes, page.dtype) for page in pages}
+        bands = page.samplesperpixel
+        converts = len(pages) == 1 and bands in (1, 3) and in_chans in COLOR_MODES
+        fits = len(pages) * bands == in_chans and 1 in (len(pages), bands) or converts
+        if len(shapes) > 1 or page.axes not in ("YX", "YXS", "SYX") or not fits:
+            accepted = f"1 page of {in_chans} bands, or {in_chans} pages of 1 band and one size"
+            raise ValueError(f"TIFF of {len(pages)} pages {page.shape}, {page.axes}: must be {accepted} (--in_chans)")
+        if page.photometric not in (1, 2):  # black is 0, RGB
+            raise ValueError(f"TIFF of several pages or bands in {page.photometric.name}: must be MINISBLACK or RGB")
+        if page.imagelength * page.imagewidth > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):  # Pillow's limit
+            raise ValueError(f"TIFF of {page.imagewidth} x {page.imagelength} pixels, a decompression bomb?")
+        arrays = [page.asarray(maxworkers=1) for page in pages]
+        orientation = page.tags.valueof(274, 1)
+    array = np.moveaxis(arrays[0], 0, 2) if page.axes == "SYX" else np.dstack(arrays)
+    array = array.swapaxes(0, 1) if orientation >= 5 else array
+    return np.flip(array, [axis - 1 for axis in REVERSED_AXES.get(orientation, ())])
 
 
 def open_array(array, in_chans):
-    """As `open_image`, of an array: gray (H, W) or (H, W, 1), of any dtype, as `decode` scales it; colors
-    (H, W, C) uint8, converted to other channels if they are RGB or RGBA; else uint8 (C, H, W)."""
-    is_gray = array.ndim == 2 or array.shape[2:] == (1,)
-    channels = 1 if is_gray else array.shape[-1]
-    is_picture = is_gray or array.ndim == 3 and array.dtype == np.uint8 and channels in (3, 4)
-    if in_chans in COLOR_MODES and is_picture and not in_chans == channels == 4:  # four bands need not be RGBA
-        image = Image.fromarray(array.reshape(array.shape[:2]) if is_gray else array)
-        return image.convert(COLOR_MODES[in_chans]) if array.dtype == np.uint8 else image
-    if array.dtype != np.uint8 or array.ndim != 3 or channels != in_chans:
-        raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
-    return contextlib.nullcontext(torch.from_numpy(np.array(array)).permute(2, 0, 1))
+    """As `open_image`, of an array of numbers (H, W) or (H, W, C): a tensor (C, H, W), which `decode` scales.
+
+    C is in_chans, or that of gray, RGB or 8-bit RGBA where `decode` can convert it. Raises ValueError for others.
+    """
+    channels = 1 if array.ndim == 2 else array.shape[-1]
+    converts = in_chans in COLOR_MODES and (channels in (1, 3) or channels == 4 and array.dtype == np.uint8)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or channels != in_chans and not converts:
+        accepted = f"(height, width, {in_chans}) of uint8, uint16 or float"
+        raise ValueError(f"array of {array.dtype} {array.shape}: must be {accepted}")
+    array = array * np.uint8(255) if array.dtype == bool else array.astype(array.dtype.newbyteorder("="))
+    return contextlib.nullcontext(torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1))
 
 
 def try_open(images, index, read):
@@ -288,13 +337,13 @@ def try_open(images, index, read):
 
 
 def decode(image, in_chans, shrink=1, pixel_range=None):
-    """The pixels of an opened image, upright: a Pillow image of mode COLOR_MODES[in_chans]; a tensor as it is.
+    """The pixels of an opened image, upright: a Pillow image of mode COLOR_MODES[in_chans], or uint8 (C, H, W).
 
     shrink: for a JPEG 2, 4 or 8 decodes each side at 1 / shrink of its length, rounded up. pixel_range: (low, high),
-    see `scale_to_8_bits`, for gray of more than 8 bits. Raises ValueError for values that 8 bits cannot show.
+    see `scale_to_8_bits`, for more than 8 bits. Raises ValueError for values that 8 bits cannot show.
     """
     if torch.is_tensor(image):
-        return image
+        return decode_array(image, in_chans, pixel_range)
     if shrink > 1:
         image.draft(image.mode, (image.width // shrink, image.height // shrink))
     orientation, layout = find_orientation(image), find_layout(image)
@@ -308,6 +357,15 @@ def decode(image, in_chans, shrink=1, pixel_range=None):
         image = image.convert("RGBA")  # applies the transparent color, if any
     image = image.convert(COLOR_MODES[in_chans])
     return image.transpose(TURNS[orientation]) if orientation > 1 else image
+
+
+def decode_array(pixels, in_chans, pixel_range=None):
+    """`decode`, of a tensor (C, H, W) of any dtype, see `open_array`; one range for all channels."""
+    if pixels.dtype != torch.uint8:
+        pixels = torch.from_numpy(scale_to_8_bits(pixels.numpy(), pixel_range, pixels.dtype == torch.uint16))
+    if in_chans == len(pixels) and in_chans not in (1, 3):  # four bands need not be RGBA
+        return pixels
+    return to_pillow(pixels).convert(COLOR_MODES[in_chans])  # which augmentation and resizing take
 
 
 # By EXIF orientation: how to turn a Pillow image upright, and which axes of (C, H, W) to reverse, from 5 on after
@@ -370,7 +428,7 @@ def check_16_bit_color(image, pixel_range):
     """Raise ValueError if the upper bytes of 16-bit colors, all that Pillow reads, are not the picture."""
     highest = max(high for _, high in (band.getextrema() for band in image.split()[:3]))
     if pixel_range is not None and tuple(pixel_range) != (0, 65535):
-        raise ValueError("16-bit colors are read by their upper byte; --pixel_range is for gray images")
+        raise ValueError("16-bit colors are read by their upper byte; --pixel_range is for gray images, .npy and TIFF")
     if pixel_range is None and 0 < highest < 16:
         raise ValueError(f"16-bit colors whose upper byte does not exceed {highest}: convert them to 8 bits")
 
@@ -422,7 +480,7 @@ def to_tensor(image):
 
 
 def to_pillow(pixels):
-    """uint8 (C, H, W) of 1 or 3 channels as a Pillow image; a Pillow image as it is."""
+    """uint8 (C, H, W) of 1, 3 or 4 channels as a Pillow image; a Pillow image as it is."""
     if not torch.is_tensor(pixels):
         return pixels
     array = pixels.permute(1, 2, 0).numpy()

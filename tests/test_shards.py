@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import TINY, assert_same_weights, weights
 from PIL import Image
@@ -683,6 +684,12 @@ def test_arrays_of_other_names_or_shapes_are_refused(tmp_path, arrays):
         build_images("image_folder", tmp_path / "a.npz", "train", 3)
 
 
+def read_array(found, index):
+    """(H, W, C) of an image set of arrays."""
+    with found.open(index) as image:
+        return image.permute(1, 2, 0).numpy()
+
+
 def test_mnist_is_read_from_its_files(tmp_path):
     import gzip
 
@@ -695,7 +702,9 @@ def test_mnist_is_read_from_its_files(tmp_path):
     for split in ("train", "val"):
         found = build_images("IMNET", tmp_path, split, 1)
         assert found.class_names == ["0", "2", "7"] and found.targets.tolist() == [0, 1, 1, 2, 2]
-        assert [np.array_equal(found.open(i), images[n]) for i, n in enumerate((3, 1, 4, 0, 2))] == [True] * 5
+        assert [np.array_equal(read_array(found, i)[:, :, 0], images[n]) for i, n in enumerate((3, 1, 4, 0, 2))] == [
+            True
+        ] * 5
     assert len(build_images("image_folder", tmp_path, "train", 1, labelled=False)) == 5
 
 
@@ -703,15 +712,40 @@ def test_gray_arrays_of_16_bits_and_of_five_channels(tmp_path):
     sixteen = np.arange(32, dtype=np.uint16).reshape(2, 4, 4) * 2000
     np.save(tmp_path / "a.npy", sixteen)
     found = build_images("image_folder", tmp_path / "a.npy", "train", 1, labelled=False)
-    image = found.open(1)
-    assert np.array_equal(np.asarray(image), sixteen[1]) and image.mode.startswith("I")  # `decode` scales it
+    assert np.array_equal(read_array(found, 1)[:, :, 0], sixteen[1])  # `decode` scales it
     bands = np.random.default_rng(0).integers(0, 256, (3, 6, 4, 5), dtype=np.uint8)
     np.save(tmp_path / "b.npy", bands)
     found = build_images("image_folder", tmp_path / "b.npy", "train", 5, labelled=False)
-    with found.open(2) as image:
-        assert np.array_equal(image.permute(1, 2, 0), bands[2])
+    assert np.array_equal(read_array(found, 2), bands[2])
     with pytest.raises(UserError, match="has no labels; give them as NAME_labels.npy"):
         build_images("image_folder", tmp_path / "b.npy", "train", 5)
+
+
+def test_five_bands_of_16_bits_make_the_same_batches_as_tiff_in_folders_and_tars_and_as_arrays(tmp_path):
+    bands = np.random.default_rng(0).integers(1000, 5000, (8, 40, 44, 5), dtype=np.uint16)
+    for number, image in enumerate(bands):
+        path = tmp_path / "folders" / "train" / "ab"[number // 4] / f"{number}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, np.moveaxis(image, 2, 0), photometric="minisblack", compression="zlib")
+    (tmp_path / "tars").mkdir()
+    write_tar(
+        tmp_path / "tars" / "train.tar",
+        [(f"{p.parent.name}/{p.name}", p.read_bytes()) for p in tmp_path.glob("folders/*/*/*")],
+    )
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "train.npy", bands)
+    np.save(tmp_path / "arrays" / "train_labels.npy", np.arange(8) // 4)
+    flags = "--in_chans 5 --aa none --pixel_range 1000 5000 --input_size 32 40".split()
+    batches = {}
+    for name in ("folders", "tars", "arrays"):
+        args = finetune_args(tmp_path / name, *flags)
+        args.scale, args.repeated_sampling = (1, 1), 1
+        for dataset in (datasets.build_dataset(True, args), datasets.build_pretrain_dataset(args)):
+            loader, _ = datasets.build_train_loader(dataset, args, "cpu")
+            batches.setdefault(type(dataset), []).append([batch.imgs for batch in loader])
+    for first, *others in batches.values():
+        assert first[0].shape == (4, 5, 32, 40) and first[0].float().std() > 50
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def test_val_fraction_holds_out_a_stratified_part_that_depends_on_the_seed_alone(folder, tmp_path, finetune, narrow):
