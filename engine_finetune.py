@@ -7,7 +7,7 @@ import utils
 from engine_pretrain import optimize
 from evaluation import Evaluation, collect
 from flags import at_least, fraction
-from images import normalize
+from images import normalize, statistics_of
 from utils import UserError
 
 
@@ -75,8 +75,10 @@ def train_one_epoch(
     erasing_fn: normalized images -> the same with rectangles erased. mixup_fn: (images, classes) -> both mixed.
     """
 
+    statistics = statistics_of(args)
+
     def compute_loss(batch):
-        imgs, targets = normalize(batch.imgs, args.imagenet_default_mean_and_std), batch.targets
+        imgs, targets = normalize(batch.imgs, statistics), batch.targets
         if erasing_fn is not None:
             imgs = erasing_fn(imgs)
         if mixup_fn is not None:
@@ -97,8 +99,10 @@ def evaluate(model, loader, args, give_up=lambda: False):
     num_classes, topk = model.head.out_features, max(args.topk)
     window = [side // (8 * args.stem_stride) for side in args.input_size] if args.eval_size else None
 
+    statistics = statistics_of(args)
+
     def compute_losses_and_classes(imgs, targets):
-        logits = model(normalize(imgs, args.imagenet_default_mean_and_std), window=window).float()
+        logits = model(normalize(imgs, statistics), window=window).float()
         losses = F.cross_entropy(logits, targets, reduction="none")
         top = logits.topk(min(topk, num_classes)).indices
         return torch.cat([losses[:, None].double(), top.double()], dim=1)

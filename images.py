@@ -22,12 +22,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 import shards
 import utils
 from index import open_index, read_file
+from models.files import find_statistics
 from shards import find_formats, in_one_line
 from utils import UserError
 
 COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
-IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, RGB
-INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 def find_images(folder):
@@ -571,21 +570,23 @@ def read_files(flag, paths, in_chans, transform):
         yield file, pixels
 
 
+def statistics_of(args):
+    """(mean, std) of each channel by the flags of a training, see `find_statistics`."""
+    return find_statistics(vars(args), args.in_chans)
+
+
 @functools.cache  # a copy to a GPU for each batch would wait for it
-def pixel_statistics(in_chans, imagenet=True, device="cpu"):
-    """ImageNet's or Inception's mean and standard deviation, (C, 1, 1), in [0, 1]; if not 3 channels, RGB's average."""
-    rgb = torch.tensor(IMAGENET_STATISTICS if imagenet else INCEPTION_STATISTICS)
-    channels = rgb if in_chans == 3 else rgb.mean(1, keepdim=True).expand(2, in_chans)
-    return tuple(channels.to(device)[:, :, None, None])
+def statistics_on(device, statistics):
+    return tuple(torch.tensor(values, device=device)[:, None, None] for values in statistics)
 
 
-def normalize(imgs, imagenet=True):
-    """uint8 (N, C, H, W) -> float32 with the mean and standard deviation of `pixel_statistics` taken out."""
-    mean, std = pixel_statistics(imgs.shape[1], imagenet, imgs.device)
+def normalize(imgs, statistics=None):
+    """uint8 (N, C, H, W) -> float32 without the (mean, std) of each channel, those of ImageNet if None."""
+    mean, std = statistics_on(imgs.device, statistics or find_statistics({}, imgs.shape[1]))
     return (imgs / 255 - mean) / std
 
 
-def denormalize(imgs):
-    """The inverse of `normalize` with ImageNet's statistics, clipped: float (N, C, H, W) -> uint8."""
-    mean, std = pixel_statistics(imgs.shape[1], device=imgs.device)
+def denormalize(imgs, statistics=None):
+    """The inverse of `normalize`, clipped: float (N, C, H, W) -> uint8."""
+    mean, std = statistics_on(imgs.device, statistics or find_statistics({}, imgs.shape[1]))
     return ((imgs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 import images
 import shards
 from images import ClassFolders, Crop, Digits, ImageFolder, RandomCrop, build_images, find_images
+from models.files import INCEPTION_STATISTICS, find_statistics
 from utils import UserError
 
 GRAY = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -733,18 +734,20 @@ def test_normalize_matches_torchvision_and_inverts():
     imgs = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(imgs / 255)
     assert torch.allclose(images.normalize(imgs), expected, atol=1e-6)
-    assert torch.allclose(images.normalize(imgs, imagenet=False), imgs / 127.5 - 1, atol=1e-6)
+    assert torch.allclose(images.normalize(imgs, INCEPTION_STATISTICS), imgs / 127.5 - 1, atol=1e-6)
     for channels in (imgs, imgs[:, :1], imgs.repeat(1, 2, 1, 1)):
         assert torch.equal(images.denormalize(images.normalize(channels)), channels)
+    two, statistics = imgs[:, :2], ((0.3, 0.6), (0.1, 0.02))
+    assert torch.allclose(images.normalize(two, statistics), v2.Normalize(*statistics)(two / 255), atol=1e-5)
+    assert torch.equal(images.denormalize(images.normalize(two, statistics), statistics), two)
 
 
 def test_the_statistics_are_timms_and_averages_for_other_channels():
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    assert images.IMAGENET_STATISTICS == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    mean, std = images.pixel_statistics(5)
-    assert torch.allclose(mean, torch.tensor(0.449).expand(5, 1, 1), atol=1e-3)
-    assert torch.allclose(std, torch.tensor(0.226).expand(5, 1, 1), atol=1e-3)
+    assert find_statistics({}, 3) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert np.allclose(find_statistics({"imagenet_default_mean_and_std": False}, 5), 0.5)
+    assert np.allclose(find_statistics({}, 5), [[0.449], [0.226]], atol=1e-3)
 
 
 def test_files_and_folders_are_read_and_bad_ones_named(tmp_path):

@@ -12,7 +12,7 @@ import utils
 from evaluation import compute_rows
 from images import find_images, normalize, open_image, try_open
 from shards import in_one_line
-from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
+from tools.common import Seen, add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
 
 
@@ -67,15 +67,14 @@ class Inference(NamedTuple):
     model: torch.nn.Module
     checkpoint: dict
     input_size: tuple  # (height, width)
-    imagenet: bool  # see `images.normalize`
+    seen: Seen
     device: torch.device
     args: object
 
     def build_dataset(self, flag, paths):
         in_chans = self.model.config["in_chans"]
         images = ImageFiles(flag, paths, in_chans)
-        seen = find_seen(self.checkpoint)
-        transform = datasets.build_eval_transform(self.input_size, in_chans, seen.crop_pct, seen.pixel_range)
+        transform = datasets.build_eval_transform(self.input_size, in_chans, self.seen.crop_pct, self.seen.pixel_range)
         return FileDataset(images, transform)
 
     def compute(self, function, dataset, indices):
@@ -89,7 +88,7 @@ class Inference(NamedTuple):
             rows = None
             if len(batch.imgs):
                 rows = compute_rows(
-                    lambda imgs, _: function(normalize(imgs, self.imagenet)), batch, self.device,
+                    lambda imgs, _: function(normalize(imgs, self.seen.statistics)), batch, self.device,
                     lambda: utils.autocast(self.args, self.device),
                 )  # fmt: skip
             yield batch.indices, rows, batch.unreadable
@@ -106,5 +105,5 @@ def load_inference(args, needs_head=False):
     model, checkpoint = load_network(args.checkpoint, args.model_key, needs_head)
     size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
     device = utils.init_distributed_mode(args)
-    imagenet = find_seen(checkpoint).imagenet
-    return Inference(utils.to_device(model, device, args.triton), checkpoint, size, imagenet, device, args)
+    seen = find_seen(checkpoint, model.config["in_chans"])
+    return Inference(utils.to_device(model, device, args.triton), checkpoint, size, seen, device, args)
