@@ -10,7 +10,6 @@ training; within an image, every pixel does.
 import time
 from functools import partial
 
-import numpy as np
 import torch
 
 import datasets
@@ -43,10 +42,11 @@ def build_measured_images(args):
 
 
 def measure_image(image, args):
-    """Mean and mean square of each channel of an opened image, of values from 0 to 255: (2, C, 1) float64."""
-    pixels = to_tensor(decode_fast(image, args.in_chans, pixel_range=args.pixel_range)).flatten(1).numpy()
-    sums = pixels.sum(1, dtype=np.int64), np.square(pixels, dtype=np.uint16).sum(1, dtype=np.int64)
-    return torch.from_numpy(np.stack(sums) / pixels.shape[1])[:, :, None]
+    """Mean and mean square of each channel of an opened image, in [0, 1]: (2, C, 1) float64."""
+    pixels = to_tensor(decode_fast(image, args.in_chans, pixel_range=args.pixel_range)).flatten(1)
+    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    return torch.stack([(counts * levels).sum(1), (counts * levels**2).sum(1)])[:, :, None] / pixels.shape[1]
 
 
 def measure(loader, total):
@@ -64,7 +64,7 @@ def measure(loader, total):
             log(f"{count:,} of {total:,} images, {rate:,.0f} images/s, about {(total - count) / rate:.0f} s left")
     if not count:
         raise UserError("--data_path: no image can be read")
-    mean, square = sums / count / torch.tensor([[255.0], [255.0**2]])
+    mean, square = sums / count
     return mean, (square - mean**2).clamp(min=0).sqrt(), count
 
 
@@ -72,7 +72,7 @@ def main(args):
     datasets.check_image_args(args, "a folder of images")
     dataset = datasets.EvalDataset(build_measured_images(args), partial(measure_image, args=args), args.max_bad_images)
     mean, std, count = measure(datasets.build_eval_loader(dataset, args, "cpu"), len(dataset))
-    for channel in (std == 0).nonzero().flatten().tolist():
+    for channel in (std < 1e-6).nonzero().flatten().tolist():
         raise UserError(f"--data_path: channel {channel} is {mean[channel]:.6g} in all pixels: leave it out")
     log(f"{count:,} images:")
     print("--mean", *(f"{value:.6g}" for value in mean), "--std", *(f"{value:.6g}" for value in std))
