@@ -70,6 +70,7 @@ def measure(loader, total):
 
 def main(args):
     datasets.check_image_args(args, "a folder of images")
+    torch.set_num_threads(1)  # as a worker has: for counting, more would wait for each other
     dataset = datasets.EvalDataset(build_measured_images(args), partial(measure_image, args=args), args.max_bad_images)
     mean, std, count = measure(datasets.build_eval_loader(dataset, args, "cpu"), len(dataset))
     for channel in (std < 1e-6).nonzero().flatten().tolist():
