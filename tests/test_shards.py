@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import TINY, assert_same_weights, weights
+from conftest import SMALL, TINY, assert_same_weights, log_lines, weights
 from PIL import Image
 
 import datasets
+import hooks
 import index
 import main_finetune
 import shards
@@ -236,6 +237,53 @@ def test_a_run_resumes_in_another_format_bit_for_bit(all_formats, labelled_folde
     assert resumed.status == 0 and "epoch 0, step 3" in resumed.out
     for name in ("checkpoint-1.pth", "checkpoint-best.pth"):
         assert_same_weights(weights(tmp_path / "a", name), weights(tmp_path / "b", name))
+
+
+@pytest.fixture
+def both_trainings(narrow, pretrain, finetune, monkeypatch):
+    """both_trainings(data, folder, interrupted): pre-training and fine-tuning from it, of 2 epochs of 5 steps.
+
+    interrupted: each ends at its 8th step as by a SIGKILL, with a checkpoint of the 7th, and resumes with a worker.
+    """
+    note = hooks.Console.on_log
+    monkeypatch.setattr("models.cost.describe", lambda *_, **options: "not counted, to save a third of the time")
+
+    def stop(console, run):
+        note(console, run)
+        if (run.epoch, run.step) == (1, 3):
+            raise KeyboardInterrupt  # at once: nothing more is saved
+
+    def train(data, folder, interrupted=False):
+        flags = ["--data_path", data, *"--batch_size 4 --epochs 2 --warmup_epochs 1 --save_ckpt_steps 2".split()]
+        flags += ["--print_freq", 1]
+        start = ["--stem_stride", 1, "--finetune", folder / "pretrained" / "checkpoint-1.pth"]
+        for script, name, more in (
+            (pretrain, "pretrained", [*SMALL, "--picture_freq", 0]),
+            (finetune, "finetuned", [*TINY, *start]),
+        ):
+            command = [*more, *flags, "--output_dir", folder / name]
+            if interrupted:
+                with monkeypatch.context() as patch:
+                    patch.setattr(hooks.Console, "on_log", stop)
+                    assert script(*command).status == 130
+            result = script(*command, "--num_workers", int(interrupted))
+            assert result.status == 0 and ("epoch 1, step 2" in result.out) == interrupted
+
+    return train
+
+
+def test_pretraining_and_fine_tuning_are_bit_equal_from_every_format_also_after_a_kill(
+    all_formats, labelled_folder, both_trainings, tmp_path
+):
+    both_trainings(labelled_folder, tmp_path / "folders")
+    for name in (
+        "class_folders", "tar_a_class", "webdataset_shards", "csv_list", "parquet_files", "npz_file", "npy_files",
+    ):  # fmt: skip
+        both_trainings(path_of(all_formats, name), tmp_path / name, interrupted=True)
+        for run in ("pretrained", "finetuned"):
+            expected, found = tmp_path / "folders" / run, tmp_path / name / run
+            assert_same_weights(weights(found, "checkpoint-1.pth"), weights(expected, "checkpoint-1.pth"))
+            assert log_lines(found) == log_lines(expected), name  # losses and accuracies
 
 
 REFERENCES = """
