@@ -769,30 +769,31 @@ def test_gray_arrays_of_16_bits_and_of_five_channels(tmp_path):
         build_images("image_folder", tmp_path / "b.npy", "train", 5)
 
 
-def test_five_bands_of_16_bits_make_the_same_batches_as_tiff_in_folders_and_tars_and_as_arrays(tmp_path):
-    bands = np.random.default_rng(0).integers(1000, 5000, (8, 40, 44, 5), dtype=np.uint16)
-    for number, image in enumerate(bands):
-        path = tmp_path / "folders" / "train" / "ab"[number // 4] / f"{number}.tif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tifffile.imwrite(path, np.moveaxis(image, 2, 0), photometric="minisblack", compression="zlib")
-    (tmp_path / "tars").mkdir()
-    write_tar(
-        tmp_path / "tars" / "train.tar",
-        [(f"{p.parent.name}/{p.name}", p.read_bytes()) for p in tmp_path.glob("folders/*/*/*")],
-    )
+def tiff_bytes(pages):
+    file = io.BytesIO()
+    tifffile.imwrite(file, pages, photometric="minisblack", compression="zlib")
+    return file.getvalue()
+
+
+def test_five_bands_of_16_bits_make_the_same_batches_as_tiff_in_every_format_and_as_arrays(tmp_path):
+    bands = np.random.default_rng(0).integers(1000, 5000, (9, 40, 44, 5), dtype=np.uint16)
+    found = [(CLASSES[i // 3], f"{i}.tif", tiff_bytes(np.moveaxis(image, 2, 0))) for i, image in enumerate(bands)]
+    formats = class_folders, tar_a_class, webdataset_shards, zip_of_class_folders, csv_list, parquet_files, arrow_files
+    for write in formats:
+        write(tmp_path / write.__name__ / "train", found)
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "train.npy", bands)
-    np.save(tmp_path / "arrays" / "train_labels.npy", np.arange(8) // 4)
+    np.save(tmp_path / "arrays" / "train_labels.npy", np.arange(9) // 3)
     flags = "--in_chans 5 --aa none --pixel_range 1000 5000 --input_size 32 40".split()
     batches = {}
-    for name in ("folders", "tars", "arrays"):
+    for name in ("arrays", *(write.__name__ for write in formats)):
         args = finetune_args(tmp_path / name, *flags)
         args.scale, args.repeated_sampling = (1, 1), 1
         for dataset in (datasets.build_dataset(True, args), datasets.build_pretrain_dataset(args)):
             loader, _ = datasets.build_train_loader(dataset, args, "cpu")
             batches.setdefault(type(dataset), []).append([batch.imgs for batch in loader])
     for first, *others in batches.values():
-        assert first[0].shape == (4, 5, 32, 40) and first[0].float().std() > 50
+        assert first[0].shape == (4, 5, 32, 40) and first[0].float().std() > 50 and len(others) == len(formats)
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
