@@ -35,6 +35,14 @@ def find_images(folder):
     return [index.name(number) for number in range(len(index))]
 
 
+def find_files(flag, paths):
+    """These files, and all images below those that are folders. Raises UserError, naming the flag, if there is none."""
+    files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
+    if not files:
+        raise UserError(f"{flag} {' '.join(paths)}: no image there")
+    return files
+
+
 class ImageFolder:
     """The images of a folder or another `shards.Source`, without labels."""
 
@@ -558,10 +566,7 @@ def resize(pixels, crop, size, mode):
 
 def read_files(flag, paths, in_chans, transform):
     """Yield (path, transform(opened image)) of files and of folders of them. Raises UserError for an unreadable one."""
-    files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
-    if not files:
-        raise UserError(f"{flag} {' '.join(paths)}: no image there")
-    for file in files:
+    for file in find_files(flag, paths):
         try:
             with open_image(file, in_chans) as image:
                 pixels = transform(image)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 import flags
-from images import COLOR_MODES, Digits, find_images, read_files, try_open
+from images import COLOR_MODES, Digits, find_files, read_files, try_open
 from models.utils import GRN
 from tools import common
 from tools.figure import add_legends, check_figure, choose_colors, make_figure, save_figure, shorten_paths
@@ -104,8 +104,7 @@ def read_images(args, in_chans, transform):
         digits = Digits(train=False, in_chans=in_chans)
         chosen = spread(range(len(digits)), args.num_images)
         return [try_open(digits, number, transform)[0] for number in chosen]
-    files = [file for path in args.images for file in (find_images(path) if os.path.isdir(path) else [path])]
-    chosen = spread(files, args.num_images) or args.images  # folders without an image: an error of read_files
+    chosen = spread(find_files("--images", args.images), args.num_images)
     return [image for _, image in read_files("--images", chosen, in_chans, transform)]
 
 

@@ -10,7 +10,7 @@ import datasets
 import flags
 import utils
 from evaluation import compute_rows
-from images import find_images, normalize, open_image, try_open
+from images import find_files, normalize, open_image, try_open
 from shards import in_one_line
 from tools.common import Seen, add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
@@ -36,10 +36,7 @@ class ImageFiles:
         for path in paths:
             if not os.path.exists(path):
                 raise UserError(f"{flag} {path}: No such file or folder")
-        files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
-        if not files:
-            raise UserError(f"{flag} {' '.join(paths)}: no image there")
-        self.paths, self.in_chans = np.array([os.fsencode(file) for file in files]), in_chans
+        self.paths, self.in_chans = np.array([os.fsencode(file) for file in find_files(flag, paths)]), in_chans
 
     def __len__(self):
         return len(self.paths)
