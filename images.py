@@ -26,6 +26,8 @@ from models.files import find_statistics
 from shards import find_formats, in_one_line
 from utils import UserError
 
+for name in ("PIL", "tifffile"):  # print lines without the file's name; what matters they raise
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 
 
@@ -299,7 +301,6 @@ def read_tiff(file, in_chans):
     except ImportError:
         problem = "a TIFF file of several pages or bands is read by tifffile, which is missing"
         raise ImportError(f"{problem}: pip install tifffile") from None
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would warn of odd tags, without the file's name
     with tifffile.TiffFile(file) as tiff:
         pages = [page for page in tiff.pages if not page.is_reduced]
         page, shapes = pages[0], {(page.shape, page.axes, page.dtype) for page in pages}
@@ -311,11 +312,13 @@ def read_tiff(file, in_chans):
             raise ValueError(f"TIFF of {len(pages)} pages {page.shape}, {page.axes}: must be {accepted} (--in_chans)")
         if page.photometric not in (1, 2):  # black is 0, RGB
             raise ValueError(f"TIFF of several pages or bands in {page.photometric.name}: must be MINISBLACK or RGB")
-        if page.imagelength * page.imagewidth > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):  # Pillow's limit
-            raise ValueError(f"TIFF of {page.imagewidth} x {page.imagelength} pixels, a decompression bomb?")
+        values, limit = page.imagelength * page.imagewidth * bands * len(pages), 2 * (Image.MAX_IMAGE_PIXELS or np.inf)
+        if values > limit:  # as Pillow's of pixels
+            raise ValueError(f"TIFF of {values:,} values, the limit is {limit:,}: cut it into tiles")
         arrays = [page.asarray(maxworkers=1) for page in pages]
         orientation = page.tags.valueof(274, 1)
-    array = np.moveaxis(arrays[0], 0, 2) if page.axes == "SYX" else np.dstack(arrays)
+    planes = arrays[0] if page.axes == "SYX" else np.stack(arrays)
+    array = arrays[0] if page.axes == "YXS" else np.moveaxis(planes, 0, 2)
     array = array.swapaxes(0, 1) if orientation >= 5 else array
     return np.flip(array, [axis - 1 for axis in REVERSED_AXES.get(orientation, ())])
 
