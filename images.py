@@ -317,8 +317,8 @@ def read_tiff(file, in_chans):
             raise ValueError(f"TIFF of {values:,} values, the limit is {limit:,}: cut it into tiles")
         arrays = [page.asarray(maxworkers=1) for page in pages]
         orientation = page.tags.valueof(274, 1)
-    planes = arrays[0] if page.axes == "SYX" else np.stack(arrays)
-    array = arrays[0] if page.axes == "YXS" else np.moveaxis(planes, 0, 2)
+    array = np.stack(arrays) if page.axes == "YX" else arrays[0]
+    array = array if page.axes == "YXS" else np.moveaxis(array, 0, 2)
     array = array.swapaxes(0, 1) if orientation >= 5 else array
     return np.flip(array, [axis - 1 for axis in REVERSED_AXES.get(orientation, ())])
 
