@@ -418,6 +418,8 @@ def scale_to_8_bits(array, pixel_range=None, sixteen=False):
     if pixel_range is None and sixteen:
         check_uses_16_bits(array.max(initial=0))
         return (array >> 8).astype(np.uint8)
+    if array.dtype == np.uint16 and pixel_range is not None:
+        return scaled_16_bits(*pixel_range)[array]
     if pixel_range is None:
         if not np.isfinite(array).all():
             raise ValueError("holds NaN or infinite values; with --pixel_range LOW HIGH, NaN is LOW")
@@ -425,6 +427,12 @@ def scale_to_8_bits(array, pixel_range=None, sixteen=False):
     low, high = pixel_range
     array = np.nan_to_num(array.astype(np.float64), nan=low, posinf=high, neginf=low)
     return np.rint((array.clip(low, high) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+@functools.cache
+def scaled_16_bits(low, high):
+    """(65536,) what `scale_to_8_bits` makes of each value of 16 bits: looking it up is several times as fast."""
+    return scale_to_8_bits(np.arange(1 << 16), (low, high))
 
 
 def check_uses_16_bits(highest):
