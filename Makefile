@@ -14,7 +14,7 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-to-test: $(VENV)/ready
 	$(BIN)/pip install --quiet pytest pytest-xdist ruff safetensors matplotlib \
-	    peft torch-pruning fvcore thop torchao pyarrow webdataset datasets "setuptools>=77" transformers \
+	    peft torch-pruning fvcore thop torchao pyarrow tifffile webdataset datasets "setuptools>=77" transformers \
 	    segmentation_models_pytorch onnx onnxruntime onnxscript pycocotools
 	touch $@
 

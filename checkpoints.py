@@ -359,11 +359,17 @@ def is_switch(value):
     return type(value) is bool
 
 
+def is_channels(value):
+    return value is None or is_list(value) and value and all(is_number(x) and math.isfinite(x) for x in value)
+
+
 # What evaluation and tools read of a training's flags
 FLAGS_READ = {
     "input_size": lambda value: is_side(value) or is_list(value) and len(value) in (1, 2) and all(map(is_side, value)),
     "crop_pct": lambda value: value is None or is_number(value) and 0 < value <= 1,
     "pixel_range": lambda value: value is None or is_list(value) and len(value) == 2 and all(map(is_number, value)),
+    "mean": is_channels,
+    "std": lambda value: is_channels(value) and all(item > 0 for item in value or ()),
     "mask_ratio": lambda value: is_number(value) and 0 < value < 1,
     "norm_pix_loss": is_switch,
     "label_column": lambda value: isinstance(value, str),
@@ -374,7 +380,8 @@ FLAGS_READ = {
 def is_flags(value):
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return False
-    return all(accepts(value[name]) for name, accepts in FLAGS_READ.items() if name in value)
+    fits = all(accepts(value[name]) for name, accepts in FLAGS_READ.items() if name in value)
+    return fits and len(value.get("mean") or ()) == len(value.get("std") or ())
 
 
 def is_config(value):

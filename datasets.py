@@ -32,8 +32,8 @@ from images import (
     check_resized,
     decode,
     first_of_each_class,
-    pixel_statistics,
     split_validation,
+    statistics_of,
     to_tensor,
     try_open,
 )
@@ -68,12 +68,23 @@ def add_unlabelled_args(parser):
 def add_image_args(add):
     """The flags of images for any training."""
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
-    meaning = (
-        "values that become black and white, for gray 16-bit and float images; None: the upper byte of 16 bits, the"
+    add_pixel_range_arg(add)
+    of_each = "of each channel in [0, 1], as python -m tools.statistics prints it; None:"
+    add("--mean", nargs="+", type=fraction, metavar="VALUE", help=f"mean {of_each} ImageNet's")
+    add(
+        "--std",
+        nargs="+",
+        type=flags.fraction_above_0,
+        metavar="VALUE",
+        help=f"standard deviation {of_each} ImageNet's",
     )
+    add_source_args(add)
+
+
+def add_pixel_range_arg(add):
+    meaning = "values that become black and white, for 16-bit and float images; None: the upper byte of 16 bits, the"
     number = flags.number(float, math.isfinite, "a number")
     add("--pixel_range", nargs=2, type=number, metavar=("LOW", "HIGH"), help=f"{meaning} own range of each float image")
-    add_source_args(add)
 
 
 def add_source_args(add):
@@ -95,6 +106,8 @@ def check_image_args(args, accepted, needs_path=True):
     """Raise UserError for flags of `add_image_args` that do not fit, or a data set without the path that it needs."""
     if args.pixel_range and args.pixel_range[0] >= args.pixel_range[1]:
         raise UserError(f"--pixel_range {args.pixel_range[0]:g} {args.pixel_range[1]:g}: give the smaller first")
+    with utils.name_in_errors("--mean, --std"):
+        statistics_of(args)
     if args.data_set in ("DIGITS", "CIFAR", "CIFAR10"):
         check_color_mode(args.in_chans, args.data_set)
     for name in ("data_path", "eval_data_path"):
@@ -126,7 +139,7 @@ def add_labelled_args(parser):
     add("--val_fraction", default=0.0, type=flags.fraction_below_1, help=held_out)
     add("--nb_classes", type=at_least(1), help="expected number of classes; None: as many as the data has")
     add("--images_per_class", default=0, type=at_least(0), help="train on the first of each class only; 0: on all")
-    statistics = "normalize by ImageNet's mean and standard deviation; false: by Inception's, 0.5 and 0.5"
+    statistics = "without --mean and --std, normalize by ImageNet's; false: by Inception's, 0.5 and 0.5"
     add("--imagenet_default_mean_and_std", action=Switch, default=True, help=statistics)
     center = "size of the center crop that is evaluated, as a fraction of the resized image; None: 0.875, and no crop"
     center += " for images of at most 32 or at least 384 pixels"
@@ -513,7 +526,10 @@ class TrainDataset(torch.utils.data.Dataset):
 
 
 class EvalDataset(torch.utils.data.Dataset):
-    """dataset[index]: (image (C, H, W) uint8, target, index, []), or (None, None, None, [name of unreadable file])."""
+    """dataset[index]: (image (C, H, W) uint8, target, index, []), or (None, None, None, [name of unreadable file]).
+
+    The target is 0 where the images have none.
+    """
 
     def __init__(self, images, transform, max_bad_images=math.inf):
         self.images, self.transform, self.max_bad_images = images, transform, max_bad_images
@@ -526,7 +542,7 @@ class EvalDataset(torch.utils.data.Dataset):
         image, error = open_and_read(self.images, index, self.transform)
         if error is not None:
             return None, None, None, [error]
-        return image, self.targets[index], index, []
+        return image, 0 if self.targets is None else self.targets[index], index, []
 
 
 def build_transform(is_train, args):
@@ -541,12 +557,11 @@ def build_transform(is_train, args):
         size = getattr(args, "eval_size", None) or args.input_size
         return build_eval_transform(size, args.in_chans, args.crop_pct, args.pixel_range)
     size, in_chans = args.input_size, args.in_chans
-    mean, _ = pixel_statistics(in_chans, args.imagenet_default_mean_and_std)
     timms = create_transform(
         (in_chans, *size),
         is_training=True,
         normalize=False,
-        mean=mean.flatten().tolist(),  # fills what rotation and shear leave empty
+        mean=statistics_of(args)[0],  # fills what rotation and shear leave empty
         hflip=args.hflip,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
@@ -576,8 +591,11 @@ def build_eval_transform(size, in_chans, crop_pct=None, pixel_range=None):
 
 
 def stack(imgs):
-    """Images (C, H, W) as a batch (N, C, H, W), channels last in memory, as they come and as the networks compute."""
-    return torch.stack([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
+    """Images (C, H, W) as a batch (N, C, H, W), channels last in memory, as they come and as the networks compute.
+
+    A worker stacks them in memory that it shares, which saves a copy.
+    """
+    return torch.utils.data.default_collate([img.permute(1, 2, 0) for img in imgs]).permute(0, 3, 1, 2)
 
 
 class Batch(NamedTuple):  # of pre-training

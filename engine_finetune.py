@@ -7,7 +7,7 @@ import utils
 from engine_pretrain import optimize
 from evaluation import collect
 from flags import at_least, fraction
-from images import normalize
+from images import normalize, statistics_of
 from utils import UserError
 
 
@@ -83,8 +83,10 @@ def train_one_epoch(
     erasing_fn: normalized images -> the same with rectangles erased. mixup_fn: (images, targets) -> both mixed.
     """
 
+    statistics = statistics_of(args)
+
     def compute_loss(batch):
-        imgs, targets = normalize(batch.imgs, args.imagenet_default_mean_and_std), batch.targets
+        imgs, targets = normalize(batch.imgs, statistics), batch.targets
         if erasing_fn is not None:
             imgs = erasing_fn(imgs)
         if mixup_fn is not None:
@@ -104,9 +106,10 @@ def evaluate(model, loader, task, args, give_up=lambda: False):
     device = next(model.parameters()).device  # EMA weights may be on the CPU
     window = [side // (8 * args.stem_stride) for side in args.input_size] if args.eval_size else None
 
+    statistics = statistics_of(args)
+
     def measure(imgs, targets):
-        outputs = model(normalize(imgs, args.imagenet_default_mean_and_std), window=window).float()
-        return task.measure(outputs, targets, args.topk)
+        return task.measure(model(normalize(imgs, statistics), window=window).float(), targets, args.topk)
 
     model.eval()
     collected = collect(measure, loader, device, lambda: utils.autocast(args, device), args.dist_eval, give_up)

@@ -6,14 +6,16 @@ import time
 import torch
 
 import utils
-from images import normalize
+from images import normalize, statistics_of
 
 
 def train_one_epoch(model, loader, optimizer, scaler, schedule, run, args):
     """Train from step `run.step` to the end of epoch `run.epoch`; `loader` yields the rest of that epoch."""
 
+    statistics = statistics_of(args)
+
     def compute_loss(batch):
-        loss, _, _ = model(normalize(batch.imgs), noise=batch.noise, masked_only=True)
+        loss, _, _ = model(normalize(batch.imgs, statistics), noise=batch.noise, masked_only=True)
         return loss
 
     optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args)

@@ -106,17 +106,17 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give
         return 100 * ((test @ weight.T + bias).argmax(1) == test_targets).double().mean().item()
 
 
-def probe(trunk, loaders, device, autocast, give_up=lambda: False, max_seconds=math.inf, imagenet=True):
+def probe(trunk, loaders, device, autocast, give_up=lambda: False, max_seconds=math.inf, statistics=None):
     """Classify frozen features, trunk(imgs) -> (N, C, h, w) averaged over all sites, by two simple classifiers.
 
     loaders: of the images to fit on and of those to test on. Features are gathered on the main rank, which classifies
-    while the others wait: for at most max_seconds, then the accuracy that is not known yet is left out. imagenet: see
-    `normalize`. Returns ({metric of METRICS: per cent}, [images fitted on, images tested on], names of unreadable
+    while the others wait: for at most max_seconds, then the accuracy that is not known yet is left out. statistics:
+    see `normalize`. Returns ({metric of METRICS: per cent}, [images fitted on, images tested on], names of unreadable
     images), the same on all ranks but for the names; None if any gives up. Raises as `collect` does.
     """
 
     def mean_features(imgs, _):
-        return pool_features(trunk(normalize(imgs, imagenet)))
+        return pool_features(trunk(normalize(imgs, statistics)))
 
     tensors, unreadable = [], []  # tensors: features and targets to fit on, features and targets to test on
     for loader in loaders:
@@ -144,15 +144,16 @@ def probe(trunk, loaders, device, autocast, give_up=lambda: False, max_seconds=m
 
 
 @torch.no_grad()
-def draw_reconstructions(model, imgs, noise=None, mask_ratio=None):
+def draw_reconstructions(model, imgs, noise=None, mask_ratio=None, statistics=None):
     """A picture: original | masked | reconstruction of imgs (N, C, H, W) uint8, masked by noise (N, L) or drawn.
 
     With norm_pix_loss the reconstruction is drawn twice: with each patch's true mean and deviation given back, which
-    looks better than the network knows, and with those of the visible patches, which is what it knows.
+    looks better than the network knows, and with those of the visible patches, which is what it knows. statistics: see
+    `normalize`.
     """
     was_training = model.training
     model.eval()
-    inputs = normalize(imgs)
+    inputs = normalize(imgs, statistics)
     _, pred, mask = model(inputs, mask_ratio=mask_ratio, noise=noise)
     model.train(was_training)
     titles = {"reconstruction": True}
@@ -164,7 +165,8 @@ def draw_reconstructions(model, imgs, noise=None, mask_ratio=None):
     masked = imgs.masked_fill(is_masked, 127)
     columns = {"original": imgs, "masked": masked}
     for title, given in titles.items():
-        columns[title] = denormalize(model.reconstruct(inputs, pred.float(), mask, true_statistics=given))
+        reconstruction = model.reconstruct(inputs, pred.float(), mask, true_statistics=given)
+        columns[title] = denormalize(reconstruction, statistics)
     return draw_table(columns)
 
 

@@ -181,7 +181,8 @@ def add_model_args(parser, names):
     add = parser.add_argument_group("model").add_argument
     add("--model", default="convnextv2_base", choices=list(names), metavar="NAME", help=f"one of {', '.join(names)}")
     add("--input_size", default=(224, 224), action=ImageSize, help="side of the images, or height and width")
-    add("--in_chans", default=3, type=at_least(1, 1024), help="channels of the images: 1 reads gray, 3 RGB, 4 RGBA")
+    channels = "channels of the images: 1 reads gray, 3 RGB, 4 RGBA, others .npy and TIFF"
+    add("--in_chans", default=3, type=at_least(1, 1024), help=channels)
     stride = "stride of the stem in pixels; the total stride and the mask unit are 8 times that"
     add("--stem_stride", default=4, type=int, choices=(1, 2, 4), help=stride)
 

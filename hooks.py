@@ -26,6 +26,7 @@ import checkpoints
 import utils
 from datasets import Batch, Loader
 from flags import at_least
+from images import statistics_of
 from run import Hook, Hooks  # noqa: F401  (hooks.Hook, hooks.Hooks: what a hook is)
 from utils import TrainingError, UserError, log
 
@@ -118,7 +119,7 @@ class Probe(Hook):
         run.model.eval()
         result = probe(
             run.model.encode_all, self.loaders, run.device, lambda: utils.autocast(run.args, run.device),
-            run.stop_requested, max_seconds=run.args.dist_timeout / 2,
+            run.stop_requested, max_seconds=run.args.dist_timeout / 2, statistics=statistics_of(run.args),
         )  # fmt: skip
         run.model.train()
         return result
@@ -287,7 +288,8 @@ class Reconstructions(Hook):
         count = min(self.count, len(run.images))
         samples = [self.dataset[0, i * len(run.images) // count, 0] for i in range(count)]
         batch = Batch.collate(samples)
-        picture = draw_reconstructions(run.model, batch.imgs.to(run.device), batch.noise.to(run.device))
+        imgs, noise = batch.imgs.to(run.device), batch.noise.to(run.device)
+        picture = draw_reconstructions(run.model, imgs, noise, statistics=statistics_of(run.args))
         save_picture(run, Path(self.output_dir) / f"reconstruction-{run.epoch:04}.png", picture)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import logging
 import os
 import random
 from pathlib import Path
@@ -20,19 +21,28 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import shards
 import utils
-from index import open_index
+from index import open_index, read_file
+from models.files import find_statistics
 from shards import find_formats, in_one_line
 from utils import UserError
 
+for name in ("PIL", "tifffile"):  # print lines without the file's name; what matters they raise
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
-IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, RGB
-INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 def find_images(folder):
     """Paths of the images below a folder, nested or flat, by folder and name. Hidden files and folders do not count."""
     index = open_index(shards.Source("folder", str(folder)))
     return [index.name(number) for number in range(len(index))]
+
+
+def find_files(flag, paths):
+    """These files, and all images below those that are folders. Raises UserError, naming the flag, if there is none."""
+    files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
+    if not files:
+        raise UserError(f"{flag} {' '.join(paths)}: no image there")
+    return files
 
 
 class ImageFolder:
@@ -50,7 +60,7 @@ class ImageFolder:
         return self.index.name(index)
 
     def open(self, index):
-        return open_image(io.BytesIO(self.index.read(index)), self.in_chans, self.index.path_in_part(index))
+        return open_image(io.BytesIO(self.index.read(index)), self.in_chans)
 
     def prefetch(self, start, stop):
         self.index.prefetch(start, stop)
@@ -251,34 +261,83 @@ def check_color_mode(in_chans, data_set):
         raise UserError(f"--in_chans {in_chans}: must be one of {list(COLOR_MODES)} for {data_set}")
 
 
-def open_image(file, in_chans, name=None):
-    """The image in a file, given by its path, or open with its name.
+def open_image(file, in_chans):
+    """The image in a file, given by its path or by its bytes (io.BytesIO), whose content says what it is.
 
-    A context manager of an undecoded Pillow image or, from .npy, of what `open_array` returns. Raises what Pillow
-    raises for an unknown file, and ValueError for an array or a number of channels that do not fit.
+    A context manager of an undecoded Pillow image or, from .npy and from TIFF of which Pillow would not read all, of
+    what `open_array` returns. Raises what Pillow raises for an unknown file, ValueError for an array or a number of
+    channels that do not fit, ImportError if tifffile is missing.
     """
-    if str(name or file).lower().endswith(".npy"):
+    file = file if isinstance(file, io.BytesIO) else io.BytesIO(read_file(file))
+    start = bytes(file.getbuffer()[:6])
+    if start == b"\x93NUMPY":
         return open_array(np.load(file), in_chans)
+    image = None
+    with contextlib.suppress(UnidentifiedImageError):
+        image = Image.open(file, formats=find_formats())
+    is_tiff = start[:2] in (b"II", b"MM") and start[2:4] in (b"*\0", b"\0*", b"+\0", b"\0+")
+    if is_tiff and (image is None or not is_plain_tiff(image, in_chans)):
+        file.seek(0)
+        return open_array(read_tiff(file, in_chans), in_chans)
+    if image is None:
+        raise UnidentifiedImageError("not an image in a format that Pillow reads")
     if in_chans not in COLOR_MODES:
-        raise ValueError(f"image files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays have others")
+        raise ValueError(f"such files have 1, 3 or 4 channels, not {in_chans}: only .npy arrays and TIFF have others")
+    return image
+
+
+def is_plain_tiff(image, in_chans):
+    """Whether Pillow reads all of a TIFF file that it opened: one page, of one band or of 8-bit colors."""
+    bands, bits, extra = (image.tag_v2.get(tag, default) for tag, default in ((277, 1), (258, (1,)), (338, (0,))))
+    is_read = bands == 1 or bands == len(image.getbands()) and max(bits) <= 8
+    is_opacity = image.mode != "RGBA" or in_chans != 4 or extra[0] in (1, 2)  # else the fourth band is one like others
+    return image.n_frames == 1 and is_read and is_opacity and in_chans in COLOR_MODES
+
+
+def read_tiff(file, in_chans):
+    """(H, W, C) of a TIFF file: the C bands of its one page, or its C pages of one band; smaller copies do not count.
+
+    Raises ValueError unless C is in_chans, or 1 or 3 where Pillow's images of in_chans channels can be made of that.
+    """
     try:
-        return Image.open(file, formats=find_formats())
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError("not an image in a format that Pillow reads") from None
+        import tifffile
+    except ImportError:
+        problem = "a TIFF file of several pages or bands is read by tifffile, which is missing"
+        raise ImportError(f"{problem}: pip install tifffile") from None
+    with tifffile.TiffFile(file) as tiff:
+        pages = [page for page in tiff.pages if not page.is_reduced]
+        page, shapes = pages[0], {(page.shape, page.axes, page.dtype) for page in pages}
+        bands = page.samplesperpixel
+        converts = len(pages) == 1 and bands in (1, 3) and in_chans in COLOR_MODES
+        fits = len(pages) * bands == in_chans and 1 in (len(pages), bands) or converts
+        if len(shapes) > 1 or page.axes not in ("YX", "YXS", "SYX") or not fits:
+            accepted = f"1 page of {in_chans} bands, or {in_chans} pages of 1 band and one size"
+            raise ValueError(f"TIFF of {len(pages)} pages {page.shape}, {page.axes}: must be {accepted} (--in_chans)")
+        if page.photometric not in (1, 2):  # black is 0, RGB
+            raise ValueError(f"TIFF of several pages or bands in {page.photometric.name}: must be MINISBLACK or RGB")
+        values, limit = page.imagelength * page.imagewidth * bands * len(pages), 2 * (Image.MAX_IMAGE_PIXELS or np.inf)
+        if values > limit:  # as Pillow's of pixels
+            raise ValueError(f"TIFF of {values:,} values, the limit is {limit:,}: cut it into tiles")
+        arrays = [page.asarray(maxworkers=1) for page in pages]
+        orientation = page.tags.valueof(274, 1)
+    array = np.stack(arrays) if page.axes == "YX" else arrays[0]
+    array = array if page.axes == "YXS" else np.moveaxis(array, 0, 2)
+    array = array.swapaxes(0, 1) if orientation >= 5 else array
+    return np.flip(array, [axis - 1 for axis in REVERSED_AXES.get(orientation, ())])
 
 
 def open_array(array, in_chans):
-    """As `open_image`, of an array: gray (H, W) or (H, W, 1), of any dtype, as `decode` scales it; colors
-    (H, W, C) uint8, converted to other channels if they are RGB or RGBA; else uint8 (C, H, W)."""
-    is_gray = array.ndim == 2 or array.shape[2:] == (1,)
-    channels = 1 if is_gray else array.shape[-1]
-    is_picture = is_gray or array.ndim == 3 and array.dtype == np.uint8 and channels in (3, 4)
-    if in_chans in COLOR_MODES and is_picture and not in_chans == channels == 4:  # four bands need not be RGBA
-        image = Image.fromarray(array.reshape(array.shape[:2]) if is_gray else array)
-        return image.convert(COLOR_MODES[in_chans]) if array.dtype == np.uint8 else image
-    if array.dtype != np.uint8 or array.ndim != 3 or channels != in_chans:
-        raise ValueError(f"array of {array.dtype} {array.shape}: must be uint8 (height, width, {in_chans})")
-    return contextlib.nullcontext(torch.from_numpy(np.array(array)).permute(2, 0, 1))
+    """As `open_image`, of an array of numbers (H, W) or (H, W, C): a tensor (C, H, W), which `decode` scales.
+
+    C is in_chans, or that of gray, RGB or 8-bit RGBA where `decode` can convert it. Raises ValueError for others.
+    """
+    channels = 1 if array.ndim == 2 else array.shape[-1]
+    converts = in_chans in COLOR_MODES and (channels in (1, 3) or channels == 4 and array.dtype == np.uint8)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or channels != in_chans and not converts:
+        accepted = f"(height, width, {in_chans}) of uint8, uint16 or float"
+        raise ValueError(f"array of {array.dtype} {array.shape}: must be {accepted}")
+    array = array * np.uint8(255) if array.dtype == bool else array.astype(array.dtype.newbyteorder("="))
+    return contextlib.nullcontext(torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1))
 
 
 def try_open(images, index, read):
@@ -291,13 +350,13 @@ def try_open(images, index, read):
 
 
 def decode(image, in_chans, shrink=1, pixel_range=None):
-    """The pixels of an opened image, upright: a Pillow image of mode COLOR_MODES[in_chans]; a tensor as it is.
+    """The pixels of an opened image, upright: a Pillow image of mode COLOR_MODES[in_chans], or uint8 (C, H, W).
 
     shrink: for a JPEG 2, 4 or 8 decodes each side at 1 / shrink of its length, rounded up. pixel_range: (low, high),
-    see `scale_to_8_bits`, for gray of more than 8 bits. Raises ValueError for values that 8 bits cannot show.
+    see `scale_to_8_bits`, for more than 8 bits. Raises ValueError for values that 8 bits cannot show.
     """
     if torch.is_tensor(image):
-        return image
+        return decode_array(image, in_chans, pixel_range)
     if shrink > 1:
         image.draft(image.mode, (image.width // shrink, image.height // shrink))
     orientation, layout = find_orientation(image), find_layout(image)
@@ -311,6 +370,15 @@ def decode(image, in_chans, shrink=1, pixel_range=None):
         image = image.convert("RGBA")  # applies the transparent color, if any
     image = image.convert(COLOR_MODES[in_chans])
     return image.transpose(TURNS[orientation]) if orientation > 1 else image
+
+
+def decode_array(pixels, in_chans, pixel_range=None):
+    """`decode`, of a tensor (C, H, W) of any dtype, see `open_array`; one range for all channels."""
+    if pixels.dtype != torch.uint8:
+        pixels = torch.from_numpy(scale_to_8_bits(pixels.numpy(), pixel_range, pixels.dtype == torch.uint16))
+    if in_chans == len(pixels) and in_chans not in (1, 3):  # four bands need not be RGBA
+        return pixels
+    return to_pillow(pixels).convert(COLOR_MODES[in_chans])  # which augmentation and resizing take
 
 
 # By EXIF orientation: how to turn a Pillow image upright, and which axes of (C, H, W) to reverse, from 5 on after
@@ -353,6 +421,8 @@ def scale_to_8_bits(array, pixel_range=None, sixteen=False):
     if pixel_range is None and sixteen:
         check_uses_16_bits(array.max(initial=0))
         return (array >> 8).astype(np.uint8)
+    if array.dtype == np.uint16 and pixel_range is not None:
+        return scaled_16_bits(*pixel_range)[array]
     if pixel_range is None:
         if not np.isfinite(array).all():
             raise ValueError("holds NaN or infinite values; with --pixel_range LOW HIGH, NaN is LOW")
@@ -360,6 +430,12 @@ def scale_to_8_bits(array, pixel_range=None, sixteen=False):
     low, high = pixel_range
     array = np.nan_to_num(array.astype(np.float64), nan=low, posinf=high, neginf=low)
     return np.rint((array.clip(low, high) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+@functools.cache
+def scaled_16_bits(low, high):
+    """(65536,) what `scale_to_8_bits` makes of each value of 16 bits: looking it up is several times as fast."""
+    return scale_to_8_bits(np.arange(1 << 16), (low, high))
 
 
 def check_uses_16_bits(highest):
@@ -373,7 +449,7 @@ def check_16_bit_color(image, pixel_range):
     """Raise ValueError if the upper bytes of 16-bit colors, all that Pillow reads, are not the picture."""
     highest = max(high for _, high in (band.getextrema() for band in image.split()[:3]))
     if pixel_range is not None and tuple(pixel_range) != (0, 65535):
-        raise ValueError("16-bit colors are read by their upper byte; --pixel_range is for gray images")
+        raise ValueError("16-bit colors are read by their upper byte; --pixel_range is for gray images, .npy and TIFF")
     if pixel_range is None and 0 < highest < 16:
         raise ValueError(f"16-bit colors whose upper byte does not exceed {highest}: convert them to 8 bits")
 
@@ -425,7 +501,7 @@ def to_tensor(image):
 
 
 def to_pillow(pixels):
-    """uint8 (C, H, W) of 1 or 3 channels as a Pillow image; a Pillow image as it is."""
+    """uint8 (C, H, W) of 1, 3 or 4 channels as a Pillow image; a Pillow image as it is."""
     if not torch.is_tensor(pixels):
         return pixels
     array = pixels.permute(1, 2, 0).numpy()
@@ -504,10 +580,7 @@ def resize(pixels, crop, size, mode):
 
 def read_files(flag, paths, in_chans, transform):
     """Yield (path, transform(opened image)) of files and of folders of them. Raises UserError for an unreadable one."""
-    files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
-    if not files:
-        raise UserError(f"{flag} {' '.join(paths)}: no image there")
-    for file in files:
+    for file in find_files(flag, paths):
         try:
             with open_image(file, in_chans) as image:
                 pixels = transform(image)
@@ -516,21 +589,23 @@ def read_files(flag, paths, in_chans, transform):
         yield file, pixels
 
 
+def statistics_of(args):
+    """(mean, std) of each channel by the flags of a training, see `find_statistics`."""
+    return find_statistics(vars(args), args.in_chans)
+
+
 @functools.cache  # a copy to a GPU for each batch would wait for it
-def pixel_statistics(in_chans, imagenet=True, device="cpu"):
-    """ImageNet's or Inception's mean and standard deviation, (C, 1, 1), in [0, 1]; if not 3 channels, RGB's average."""
-    rgb = torch.tensor(IMAGENET_STATISTICS if imagenet else INCEPTION_STATISTICS)
-    channels = rgb if in_chans == 3 else rgb.mean(1, keepdim=True).expand(2, in_chans)
-    return tuple(channels.to(device)[:, :, None, None])
+def statistics_on(device, statistics):
+    return tuple(torch.tensor(values, device=device)[:, None, None] for values in statistics)
 
 
-def normalize(imgs, imagenet=True):
-    """uint8 (N, C, H, W) -> float32 with the mean and standard deviation of `pixel_statistics` taken out."""
-    mean, std = pixel_statistics(imgs.shape[1], imagenet, imgs.device)
+def normalize(imgs, statistics=None):
+    """uint8 (N, C, H, W) -> float32 without the (mean, std) of each channel, those of ImageNet if None."""
+    mean, std = statistics_on(imgs.device, statistics or find_statistics({}, imgs.shape[1]))
     return (imgs / 255 - mean) / std
 
 
-def denormalize(imgs):
-    """The inverse of `normalize` with ImageNet's statistics, clipped: float (N, C, H, W) -> uint8."""
-    mean, std = pixel_statistics(imgs.shape[1], device=imgs.device)
+def denormalize(imgs, statistics=None):
+    """The inverse of `normalize`, clipped: float (N, C, H, W) -> uint8."""
+    mean, std = statistics_on(imgs.device, statistics or find_statistics({}, imgs.shape[1]))
     return ((imgs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

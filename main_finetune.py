@@ -24,6 +24,7 @@ import optim_factory
 import tasks
 from engine_finetune import evaluate, train_one_epoch
 from flags import Switch, at_least, fraction, fraction_below_1
+from images import find_statistics, statistics_of
 from models import convnextv2
 from models.weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
 from run import Run, add_watch_args, check_watch_args, log_configuration, train
@@ -123,9 +124,8 @@ def build_ema(args, model):
     return ModelEmaV3(model, args.model_ema_decay, device=device) if args.model_ema else None
 
 
-def load_finetune(args, model, task):
+def load_finetune(args, checkpoint, model, task):
     """Start from the weights in --finetune, and report what was loaded and what was not."""
-    checkpoint = checkpoints.load_checkpoint(args.finetune)
     with utils.name_in_errors(args.finetune):
         check_same_blocks(checkpoint.get("config", {}), model)
         state = find_weights(checkpoint, args.model_key, args.model_prefix)
@@ -196,10 +196,30 @@ def find_checkpoint_to_evaluate(args):
 
 
 # What an evaluation takes from the training of the checkpoint. Some of it, the weights themselves say.
-TRAINING_FLAGS = (
-    "model", "in_chans", "stem_stride", "input_size", "crop_pct", "imagenet_default_mean_and_std", "pixel_range",
-    "label_column",
-)  # fmt: skip
+TRAINING_FLAGS = ("model", "in_chans", "stem_stride", "input_size", "crop_pct", "pixel_range", "label_column")
+STATISTICS = ("mean", "std", "imagenet_default_mean_and_std")  # which a fine-tuning takes too
+
+
+def adopt_statistics(args, checkpoint, path):
+    """The flags with the pixel statistics of a checkpoint's training, unless the command line has any. It is reported.
+
+    Raises UserError for --mean and --std that do not fit --in_chans.
+    """
+    training = checkpoints.training_flags(checkpoint)
+    with utils.name_in_errors("--mean, --std"):
+        given = statistics_of(args)
+    if len(training.get("mean") or given[0]) != args.in_chans:
+        log(f"{path}: its mean and std are of {len(training['mean'])} channels, and not used")
+        return args
+    trained = find_statistics(training, args.in_chans)
+    ours, theirs = (" ".join(["--mean", *map(str, mean), "--std", *map(str, std)]) for mean, std in (given, trained))
+    if args.given & set(STATISTICS):
+        if given != trained:
+            log(f"NOTE: {ours} differs from the training of {path}: {theirs}")
+        return args
+    if given != trained:
+        log(f"{theirs}, as in the training of {path}")
+    return args.replace(**{name: training[name] for name in STATISTICS if name in training})
 
 
 def adopt_training_flags(args, checkpoint, path, model):
@@ -217,7 +237,7 @@ def adopt_training_flags(args, checkpoint, path, model):
             raise UserError(f"--{name} {given}: {path} has {trained}; leave the flag out")
         if given != trained:
             log(f"NOTE: --{name} {given} differs from the training of {path}: {trained}")
-    args = args.replace(**adopted)
+    args = adopt_statistics(args.replace(**adopted), checkpoint, path)
     check_data_args(args)
     return args
 
@@ -257,6 +277,11 @@ def main(args):
         return evaluate_only(args, device)
     optim_factory.peak_lr(args)  # raises UserError
 
+    # what the weights to start from were trained with
+    if args.finetune:
+        start = utils.on_all_ranks(lambda: checkpoints.load_checkpoint(args.finetune))
+        args = adopt_statistics(args, start, args.finetune)
+
     # data
     dataset, eval_dataset, task = datasets.build_labelled_sets(args)
     check_task_args(args, [task])
@@ -270,7 +295,8 @@ def main(args):
     torch.manual_seed(args.seed)
     model_without_ddp = utils.to_device(build_model(args, len(task.names)), device, args.triton)
     if args.finetune:
-        utils.on_all_ranks(lambda: load_finetune(args, model_without_ddp, task))
+        utils.on_all_ranks(lambda: load_finetune(args, start, model_without_ddp, task))
+        start = None  # which may be large
     model_ema = build_ema(args, model_without_ddp)
     criterion = task.build_loss(args.smoothing, dataset.targets if args.class_weights else None, device)
     schedule = optim_factory.Schedule(args, sampler.steps_per_epoch)

@@ -27,11 +27,18 @@ import torch.distributed as dist
 # ---------------------------------------------------------------- errors and the script's frame
 
 
-class UserError(Exception):
+class OneLineError(Exception):
+    """Of one line, whatever it quotes."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).splitlines()))
+
+
+class UserError(OneLineError):
     """A mistake of the user: reported in one line that names what was given and what is accepted; exit status 2."""
 
 
-class TrainingError(Exception):
+class TrainingError(OneLineError):
     """The run cannot continue, and no flag was wrong: reported in one line; exit status 1."""
 
 
@@ -101,15 +108,15 @@ def run_main(main, args, name):
 
 def report(name, error):
     """Print an error in one line: on the main rank, and on another one if the main rank does not fail alike."""
-    place, error = "", " ".join(str(error).splitlines())
+    place = ""
     if dist.is_initialized():
-        STORE[0].set(f"error of rank {get_rank()}", error)
+        STORE[0].set(f"error of rank {get_rank()}", str(error))
     if not is_main_process():
         if not dist.is_initialized():
             return  # of the flags, which are the same on every rank
         with contextlib.suppress(dist.DistError, RuntimeError):
             STORE[0].wait(["error of rank 0"], datetime.timedelta(seconds=5))
-            if STORE[0].get("error of rank 0").decode() == error:
+            if STORE[0].get("error of rank 0").decode() == str(error):
                 return
         place = f"rank {get_rank()}, on {socket.gethostname()}: "
     print(f"{name}: error: {place}{error}", file=sys.stderr)

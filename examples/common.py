@@ -8,13 +8,12 @@ from torch import nn
 
 import flags
 import utils
-from checkpoints import load_checkpoint, save_together
+from checkpoints import load_checkpoint, save_together, training_flags
+from images import find_statistics
 from models import convnextv2
 from models.utils import LayerNorm, names_without_decay
 from optim_factory import LayerDecayValueAssigner, get_parameter_groups, half_cosine
 from utils import UserError
-
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def add_training_args(parser, epochs, lr):
@@ -35,7 +34,8 @@ def add_training_args(parser, epochs, lr):
 
 
 def build_encoder(args):
-    """The dense network, without its classifier. Raises UserError."""
+    """The dense network, without its classifier; its `statistics` are for `images.normalize`. Raises UserError."""
+    checkpoint = {}
     torch.manual_seed(args.seed)
     model = convnextv2.__dict__[args.model](num_classes=1, drop_path_rate=args.drop_path)
     if args.encoder:
@@ -43,6 +43,8 @@ def build_encoder(args):
         with utils.name_in_errors(f"--encoder {args.encoder}"):
             checkpoint["config"] = (checkpoint.get("config") or {}) | {"drop_path_rate": args.drop_path}
             model, _ = convnextv2.from_checkpoint(checkpoint)
+    with utils.name_in_errors(f"--encoder {args.encoder}"):
+        model.statistics = find_statistics(training_flags(checkpoint), 3)
     del model.norm, model.head
     torch.manual_seed(args.seed)  # the same head whatever the encoder
     return model.requires_grad_(not args.freeze)
@@ -80,12 +82,6 @@ def list_files(folder, ending="*"):
     if not paths:
         raise UserError(f"--data_path: no file {folder}/{ending}")
     return paths
-
-
-def normalize(imgs):
-    """uint8 (N, 3, H, W) -> float32 by ImageNet's mean and deviation, as in pre-training."""
-    mean, std = (torch.tensor(IMAGENET[name], device=imgs.device).view(3, 1, 1) for name in ("mean", "std"))
-    return (imgs / 255 - mean) / std
 
 
 def train(args, model, count, compute_loss, evaluate):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import flags
-from examples.common import IMAGENET, Scales, add_training_args, build_encoder, train
+from examples.common import Scales, add_training_args, build_encoder, train
 from utils import UserError
 
 
@@ -49,14 +49,15 @@ def build_model(args, num_classes):
     from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
     from torchvision.models.detection.rpn import AnchorGenerator
 
-    backbone, width = Backbone(build_encoder(args)), 256
+    encoder = build_encoder(args)
+    backbone, width, (mean, std) = Backbone(encoder), 256, encoder.statistics
     build, masks = FasterRCNN, {}
     if args.masks:
         head, predictor = MaskRCNNHeads(backbone.out_channels, (64, 64), 1), MaskRCNNPredictor(64, 64, num_classes)
         build, masks = MaskRCNN, dict(mask_head=head, mask_predictor=predictor)
     model = build(
         backbone, min_size=args.input_size, max_size=2 * args.input_size,
-        image_mean=IMAGENET["mean"], image_std=IMAGENET["std"],
+        image_mean=mean, image_std=std,
         rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 5),
         rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100, box_batch_size_per_image=64,
         box_head=TwoMLPHead(backbone.out_channels * 7**2, width), box_predictor=FastRCNNPredictor(width, num_classes),

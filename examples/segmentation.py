@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 
 import flags
-from examples.common import Scales, add_training_args, build_encoder, list_files, normalize, train
+from examples.common import Scales, add_training_args, build_encoder, list_files, train
+from images import normalize
 from utils import UserError
 
 IGNORED = 255  # class of pixels that do not count
@@ -90,15 +91,19 @@ def main(args):
     val_images, val_masks = load_split(f"{args.data_path}/val")
     classes = torch.cat([masks[masks != IGNORED], val_masks[val_masks != IGNORED]])
     num_classes = int(classes.max()) + 1
-    model = UNet(build_encoder(args), num_classes).to(args.device)
+    encoder = build_encoder(args)
+    model = UNet(encoder, num_classes).to(args.device)
+
+    def compute_logits(imgs):
+        return model(normalize(imgs.to(args.device), encoder.statistics))
 
     def compute_loss(indices):
-        logits, target = model(normalize(images[indices].to(args.device))), masks[indices].to(args.device).long()
+        logits, target = compute_logits(images[indices]), masks[indices].to(args.device).long()
         return F.cross_entropy(logits, target, ignore_index=IGNORED) + dice_loss(logits, target)
 
     def evaluate():
         batches = val_images.split(args.batch_size)
-        predicted = torch.cat([model(normalize(batch.to(args.device))).argmax(1).cpu() for batch in batches])
+        predicted = torch.cat([compute_logits(batch).argmax(1).cpu() for batch in batches])
         return mean_iou(predicted, val_masks, num_classes)
 
     miou = train(args, model, len(images), compute_loss, evaluate)

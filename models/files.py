@@ -18,6 +18,8 @@ import torch
 
 from . import convnextv2
 
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, RGB
+INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 METADATA = ("config", "args", "class_names", "task")  # what tools need of a checkpoint beside its weights
 
 
@@ -69,7 +71,7 @@ def read_huggingface(folder):
         raise ValueError(f"model_type {config.get('model_type')!r}: must be convnextv2")
     args = {"input_size": [config.get("image_size", 224)] * 2, "crop_pct": preprocessor.get("crop_pct")}
     if "image_mean" in preprocessor:
-        args["imagenet_default_mean_and_std"] = preprocessor["image_mean"] != [0.5] * len(preprocessor["image_mean"])
+        args |= {"mean": preprocessor["image_mean"], "std": preprocessor.get("image_std")}
     checkpoint = read_safetensors(folder / "model.safetensors") | {"args": args}
     checkpoint["task"], names = config.get("convnextv2_task"), config.get("id2label")
     return checkpoint | ({"class_names": [names[key] for key in sorted(names, key=int)]} if names else {})
@@ -89,26 +91,36 @@ def download_from_timm(name):
         raise ValueError(f"neither in timm's cache nor to be downloaded (is there a network?): {reason}") from None
 
 
+def find_statistics(args, in_chans):
+    """(mean, std) of each channel, in [0, 1], by which a training with these flags, a dict, normalizes images.
+
+    Those of --mean and --std, else ImageNet's or Inception's, and if there are not 3 channels, the average of RGB.
+    Raises ValueError for --mean and --std of another number of channels.
+    """
+    if args.get("mean") or args.get("std"):
+        mean, std = (tuple(args.get(name) or ()) for name in ("mean", "std"))
+        if not len(mean) == len(std) == in_chans:
+            raise ValueError(f"mean and std have {len(mean)} and {len(std)} values: must be {in_chans}, one a channel")
+        return mean, std
+    mean, std = IMAGENET_STATISTICS if args.get("imagenet_default_mean_and_std", True) else INCEPTION_STATISTICS
+    return (mean, std) if in_chans == 3 else tuple((sum(values) / 3,) * in_chans for values in (mean, std))
+
+
 def preprocessing(checkpoint, in_chans):
     """How the checkpoint's training saw images, under timm's names: a `pretrained_cfg` without the model.
 
     input_size (in_chans, height, width), mean and std of each channel, crop_pct, crop_mode, interpolation. Raises
     ValueError if the checkpoint's flags are none.
     """
-    from timm.data import constants
-
     try:
         args = checkpoint.get("args") or {}
         args = args if isinstance(args, dict) else vars(args)
         size, crop_pct = args.get("input_size", 224), args.get("crop_pct")
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
         crop_pct = crop_pct and float(crop_pct)
+        mean, std = find_statistics(args, in_chans)
     except (TypeError, ValueError, IndexError) as error:  # anybody may have written the file
         raise ValueError(f"its args hold no flags of a training: {error}") from None
-    kind = "DEFAULT" if args.get("imagenet_default_mean_and_std", True) else "INCEPTION"
-    mean, std = (getattr(constants, f"IMAGENET_{kind}_{name}") for name in ("MEAN", "STD"))
-    if in_chans != 3:  # the average of RGB
-        mean, std = ((sum(values) / 3,) * in_chans for values in (mean, std))
     whole = not crop_pct and not 32 < min(height, width) < 384  # without a crop, see `datasets.build_eval_transform`
     crop = dict(crop_pct=1.0, crop_mode="squash") if whole else dict(crop_pct=crop_pct or 0.875, crop_mode="center")
     return dict(input_size=(in_chans, height, width), mean=mean, std=std, interpolation="bicubic") | crop

@@ -660,6 +660,7 @@ def test_mixup_mixes_images_and_classes():
     [
         ("--scale 0.8 0.2", "--scale 0.8 0.2: must be above 0, at most 1, the smaller first"),
         ("--pixel_range 1 1", "--pixel_range 1 1: give the smaller first"),
+        ("--mean 0.1 0.2 0.3", "--mean, --std: mean and std have 3 and 0 values: must be 3, one a channel"),
         ("--scale 0 1", "--scale 0.0 1.0: must be above 0"),
         ("--batch_size 4 --repeated_sampling 3", "--repeated_sampling 3: must divide --batch_size 4"),
         ("--data_set DIGITS --in_chans 5", r"--in_chans 5: must be one of \[1, 3, 4\] for DIGITS"),
@@ -683,6 +684,7 @@ def test_flags_of_pre_training_that_do_not_fit(text, message):
         ("--pixel_range 4095 0", "--pixel_range 4095 0: give the smaller first"),
         ("--in_chans 5", "--aa rand.*: made for gray and RGB images; give --aa none"),
         ("--in_chans 4 --aa none --color_jitter 0.4", "--aa None, --color_jitter 0.4: made for gray and RGB"),
+        ("--mean 0.1 --std 0.2", "--mean, --std: mean and std have 1 and 1 values: must be 3, one a channel"),
         ("--aa flip", "--aa flip: not a policy of timm"),
     ],
 )

@@ -108,8 +108,11 @@ def build_args(*flags):
 
 def test_the_encoder_is_the_checkpoints_and_the_head_does_not_depend_on_it(tmp_path):
     pretrained = randomise(FCMAE(64, decoder_embed_dim=16, **SMALL))
-    torch.save({"model": pretrained.state_dict(), "config": pretrained.config}, tmp_path / "checkpoint-0.pth")
+    statistics = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    content = {"model": pretrained.state_dict(), "config": pretrained.config, "args": statistics}
+    torch.save(content, tmp_path / "checkpoint-0.pth")
     encoder = build_encoder(build_args("--encoder", tmp_path / "checkpoint-0.pth"))
+    assert encoder.statistics == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert_same_weights(encoder.state_dict(), pretrained.encoder.state_dict())
     head = segmentation.UNet(encoder, 11).decoder.state_dict()
     assert_same_weights(head, segmentation.UNet(build_encoder(build_args()), 11).decoder.state_dict())

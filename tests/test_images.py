@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import simplejpeg
+import tifffile
 import torch
 import torchvision
 from PIL import Image, ImageOps
@@ -17,6 +18,7 @@ from torchvision.transforms import v2
 import images
 import shards
 from images import ClassFolders, Crop, Digits, ImageFolder, RandomCrop, build_images, find_images
+from models.files import INCEPTION_STATISTICS, find_statistics
 from utils import UserError
 
 GRAY = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -161,7 +163,7 @@ def test_arrays_of_any_number_of_channels(tmp_path, in_chans):
     image = read_image(tmp_path / "a.npy", in_chans)
     assert np.array_equal(images.to_tensor(image).permute(1, 2, 0), array)
     assert torch.is_tensor(image) == (in_chans not in (1, 3))  # augmentation takes Pillow images
-    with pytest.raises(ValueError, match="must be uint8"):
+    with pytest.raises(ValueError, match=r"array of uint8 \(10, 12, .\): must be \(height, width, 6\) of"):
         read_image(tmp_path / "a.npy", 6)
 
 
@@ -177,8 +179,133 @@ def test_gray_and_rgb_arrays_are_converted_as_image_files_are(tmp_path):
 
 def test_image_files_have_no_other_number_of_channels(tmp_path):
     path = save(tmp_path, Image.fromarray(RGB), "a.png")
-    with pytest.raises(ValueError, match="only .npy arrays have others"):
+    with pytest.raises(ValueError, match="only .npy arrays and TIFF have others"):
         read_image(path, 5)
+
+
+# ---------------------------------------------------------------- many channels, and TIFF
+
+BANDS = np.random.default_rng(0).random((10, 12, 16))
+LAYOUTS = {  # of (H, W, C): what tifffile is given
+    "pages": lambda array: (np.moveaxis(array, 2, 0), {}),
+    "bands": lambda array: (array, dict(planarconfig="contig")),
+    "planes": lambda array: (
+        np.moveaxis(array, 2, 0),
+        dict(planarconfig="separate", compression="zlib", byteorder=">"),
+    ),
+    "big": lambda array: (np.moveaxis(array, 2, 0), dict(bigtiff=True)),
+    "ImageJ": lambda array: (np.moveaxis(array, 2, 0), dict(imagej=True, metadata={"axes": "CYX"})),
+    "OME": lambda array: (np.moveaxis(array, 2, 0), dict(ome=True, metadata={"axes": "CYX"})),
+}
+
+
+def save_tiff(path, array, **options):
+    tifffile.imwrite(path, array, **{"photometric": "minisblack"} | options)
+    return path
+
+
+def read_both_ways(path, in_chans, **options):
+    """(H, W, C) uint8 of `decode`, which `decode_fast` reads too."""
+    pixels = images.to_tensor(read_image(path, in_chans, **options))
+    with images.open_image(path, in_chans) as image:
+        assert torch.equal(images.to_tensor(images.decode_fast(image, in_chans, **options)), pixels)
+    return pixels.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "npy"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("in_chans", [2, 4, 16])
+def test_channels_are_bands_or_pages_of_a_tiff_or_of_an_array(tmp_path, layout, dtype, in_chans):
+    array = (BANDS[:, :, :in_chans] * (255 if dtype == np.uint8 else 60_000)).astype(dtype)
+    path = tmp_path / f"a.{'npy' if layout == 'npy' else 'tif'}"
+    if layout == "npy":
+        np.save(path, array)
+    else:
+        pixels, options = LAYOUTS[layout](array)
+        save_tiff(path, pixels, **options)
+    low, high = float(array.min()), float(array.max())
+    values = array.astype(float)
+    seen = {np.uint8: values, np.uint16: values // 256}.get(dtype, (values - low) * (255 / (high - low)))
+    assert np.array_equal(read_both_ways(path, in_chans), np.rint(seen))
+    ranged = array if dtype == np.uint8 else np.rint((array.clip(20_000, 40_000) - 20_000.0) * (255 / 20_000))
+    assert np.array_equal(read_both_ways(path, in_chans, pixel_range=(20_000, 40_000)), ranged)
+
+
+def test_three_pages_are_rgb_and_smaller_copies_no_channels(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for channel in np.moveaxis(RGB, 2, 0):
+            file.write(channel, photometric="minisblack", contiguous=False)
+        file.write(GRAY[::2, ::2], photometric="minisblack", subfiletype=1)
+    assert np.array_equal(read_both_ways(tmp_path / "a.tif", 3), RGB)
+
+
+def test_16_bit_colors_of_a_tiff_have_a_range_and_all_their_bands(tmp_path):
+    """Pillow reads their upper bytes, of separate planes the first alone, and of floats none."""
+    for options in ({}, {"planarconfig": "separate"}):
+        array = np.moveaxis(RGB, 2, 0) if options else RGB
+        path = save_tiff(tmp_path / "a.tif", array.astype(np.uint16) * 16, photometric="rgb", **options)
+        assert np.array_equal(read_both_ways(path, 3, pixel_range=(0, 4080)), RGB)
+        assert np.array_equal(
+            read_both_ways(path, 1, pixel_range=(0, 4080))[:, :, 0], Image.fromarray(RGB).convert("L")
+        )
+        with pytest.raises(ValueError, match="16-bit image without a value above 4080, of 65535"):
+            read_image(path, 3)
+        path = save_tiff(tmp_path / "a.tif", array.astype(np.float32), photometric="rgb", **options)
+        assert np.array_equal(read_both_ways(path, 3, pixel_range=(0, 255)), RGB)
+
+
+def test_a_fourth_band_of_a_tiff_is_opacity_only_if_the_file_says_so(tmp_path):
+    bands = np.dstack([RGB, GRAY])
+    path = save_tiff(tmp_path / "a.tif", bands, photometric="rgb", extrasamples=["unspecified"])
+    assert torch.equal(read_image(path, 4), torch.from_numpy(bands).permute(2, 0, 1))
+    path = save_tiff(tmp_path / "a.tif", bands, photometric="rgb", extrasamples=["unassalpha"])
+    assert read_image(path, 4).mode == "RGBA"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_of_bands_is_turned_upright(tmp_path, orientation):
+    expected = np.asarray(read_image(save_turned(tmp_path, "tif", orientation), 3))
+    path = save_tiff(
+        tmp_path / "b.tif", CORNERS.astype(np.uint16), photometric="rgb", extratags=[(274, 3, 1, orientation)]
+    )
+    assert np.array_equal(read_both_ways(path, 3, pixel_range=(0, 255)), expected)
+
+
+@pytest.mark.parametrize(
+    "shape, options, in_chans, message",
+    [
+        ((5, 8, 8), {}, 1, r"TIFF of 5 pages \(8, 8\), YX: must be 1 page of 1 bands, or 1 pages of 1 band"),
+        ((5, 8, 8), {}, 4, r"TIFF of 5 pages \(8, 8\)"),
+        ((8, 9, 5), {}, 5, r"TIFF of 8 pages \(9, 5\)"),  # which tifffile takes for pages
+        ((8, 8), {}, 5, r"TIFF of 1 pages \(8, 8\)"),
+        ((8, 8, 3), {"photometric": "rgb"}, 5, r"TIFF of 1 pages \(8, 8, 3\), YXS: must be 1 page of 5 bands"),
+        ((2, 8, 8, 3), {"photometric": "rgb"}, 6, r"TIFF of 2 pages \(8, 8, 3\)"),
+        ((8, 8, 2), {"planarconfig": "contig"}, 1, r"TIFF of 1 pages \(8, 8, 2\)"),
+        ((5, 8, 8), {"photometric": "miniswhite"}, 5, "in MINISWHITE: must be MINISBLACK or RGB"),
+    ],
+)
+def test_a_tiff_of_other_pages_is_refused_by_its_shape(tmp_path, shape, options, in_chans, message):
+    path = save_tiff(tmp_path / "a.tif", np.zeros(shape, np.uint8), **options)
+    with pytest.raises(ValueError, match=message):
+        read_image(path, in_chans)
+
+
+def test_a_damaged_tiff_a_bomb_and_a_missing_tifffile_are_named(tmp_path, monkeypatch, caplog):
+    path = save_tiff(tmp_path / "a.tif", np.zeros((5, 40, 40), np.uint8), compression="zlib")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 799)
+    with pytest.raises(Image.DecompressionBombError):
+        read_image(path, 5)
+    path = save_tiff(tmp_path / "b.tif", np.zeros((40, 41, 5), np.uint8), planarconfig="contig")
+    with pytest.raises(ValueError, match="TIFF of 8,200 values, the limit is 1,598: cut it into tiles"):
+        read_image(path, 5)
+    monkeypatch.undo()
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert "b.tif (" in images.try_open(ImageFolder(tmp_path, 5), 1, lambda image: image)[1]
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match="is read by tifffile, which is missing: pip install tifffile"):
+        build_images("image_folder", tmp_path, "train", 5, labelled=False)
+    assert not caplog.records  # of Pillow and tifffile, without the file's name
 
 
 @pytest.mark.parametrize("name", ["a.eps", "a.jpg"])
@@ -353,8 +480,8 @@ def test_digits_hold_out_a_fixed_fifth_with_all_classes():
     assert len(val) == 1797 // 5 and sorted(numbers) == list(range(1797))
     assert train.class_names == val.class_names == list("0123456789") and set(val.targets) == set(range(10))
     assert np.array_equal(load_digits().target[numbers], [*train.targets, *val.targets])
-    assert train.arrays.max() == 255 and train.open(0).size == (8, 8)
-    assert Digits(True, 4).open(0).mode == "RGBA"
+    assert train.arrays.max() == 255 and read_set(train, 0).size == (8, 8)
+    assert read_set(Digits(True, 4), 0).mode == "RGBA"
 
 
 CIFARS = {
@@ -607,18 +734,20 @@ def test_normalize_matches_torchvision_and_inverts():
     imgs = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(imgs / 255)
     assert torch.allclose(images.normalize(imgs), expected, atol=1e-6)
-    assert torch.allclose(images.normalize(imgs, imagenet=False), imgs / 127.5 - 1, atol=1e-6)
+    assert torch.allclose(images.normalize(imgs, INCEPTION_STATISTICS), imgs / 127.5 - 1, atol=1e-6)
     for channels in (imgs, imgs[:, :1], imgs.repeat(1, 2, 1, 1)):
         assert torch.equal(images.denormalize(images.normalize(channels)), channels)
+    two, statistics = imgs[:, :2], ((0.3, 0.6), (0.1, 0.02))
+    assert torch.allclose(images.normalize(two, statistics), v2.Normalize(*statistics)(two / 255), atol=1e-5)
+    assert torch.equal(images.denormalize(images.normalize(two, statistics), statistics), two)
 
 
 def test_the_statistics_are_timms_and_averages_for_other_channels():
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    assert images.IMAGENET_STATISTICS == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    mean, std = images.pixel_statistics(5)
-    assert torch.allclose(mean, torch.tensor(0.449).expand(5, 1, 1), atol=1e-3)
-    assert torch.allclose(std, torch.tensor(0.226).expand(5, 1, 1), atol=1e-3)
+    assert find_statistics({}, 3) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert np.allclose(find_statistics({"imagenet_default_mean_and_std": False}, 5), 0.5)
+    assert np.allclose(find_statistics({}, 5), [[0.449], [0.226]], atol=1e-3)
 
 
 def test_files_and_folders_are_read_and_bad_ones_named(tmp_path):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import timm.utils
 import torch
-from conftest import TINY, assert_same_weights, finish, log_lines, start_ranks, weights
+from conftest import SMALL, TINY, assert_same_weights, finish, log_lines, start_ranks, weights
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from timm.data import create_transform
 
 import hooks
+import images
 import main_finetune
 from datasets import LabelledBatch
 from images import normalize
@@ -833,3 +834,59 @@ def test_the_pixel_range_of_a_training_is_that_of_its_evaluation_and_tools(
     assert f"{path}: " in capsys.readouterr().out
     again = [*brief[:-2], "--output_dir", tmp_path / "again", "--finetune", checkpoint, "--pixel_range", 0, 9999]
     assert "trained with --pixel_range 0 4095, which this run does not give" in finetune(*again).out
+
+
+@pytest.fixture
+def normalized_by(monkeypatch):
+    """The (mean, std) by which images have been normalized since it was cleared."""
+    used, statistics_on = set(), images.statistics_on
+    monkeypatch.setattr(
+        images, "statistics_on", lambda device, values: used.add(values) or statistics_on(device, values)
+    )
+    return used
+
+
+def test_the_statistics_of_a_training_are_those_of_all_that_follows(
+    narrow, pretrain, finetune, tmp_path, capsys, normalized_by
+):
+    """Pictures, probes, fine-tuning, its evaluation and the tools; a flag that differs is reported."""
+    from tools import predict, probe, reconstruct
+
+    rng, data = np.random.default_rng(0), tmp_path / "images"
+    for number in range(8):
+        path = data / ("train", "val")[number % 2] / ("ant", "bee")[number // 4] / f"{number}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, rng.integers(0, 256, (36, 36, 2), dtype=np.uint8))
+    common = ["--data_path", data, *"--in_chans 2 --batch_size 2 --epochs 1 --warmup_epochs 0".split()]
+    own, tmp = "--mean 0.5 0.4 --std 0.2 0.3".split(), tmp_path
+    more = ["--probe_freq", 1, "--probe_data_path", data, "--output_dir", tmp / "a", *own]
+
+    def used():
+        found = set(normalized_by)
+        normalized_by.clear()
+        return found
+
+    assert pretrain(*SMALL, *common, *more).status == 0
+    assert used() == {((0.5, 0.4), (0.2, 0.3))}
+    start = ["--aa", "none", "--finetune", tmp / "a" / "checkpoint-0.pth"]
+    result = finetune(*TINY, "--stem_stride", 1, *common, *start, "--output_dir", tmp / "b")
+    assert result.status == 0 and "--mean 0.5 0.4 --std 0.2 0.3, as in the training of" in result.out
+    evaluation = [*TINY, "--data_path", data, "--eval", "--resume", tmp / "b" / "checkpoint-0.pth"]
+    assert "NOTE" not in finetune(*evaluation).out
+    for tool, flags in (
+        (predict, ["--checkpoint", tmp / "b" / "checkpoint-0.pth", path, "--num_workers", 0]),
+        (probe, ["--checkpoint", tmp / "b" / "checkpoint-0.pth", "--data_path", data, "--num_workers", 0]),
+        (reconstruct, ["--checkpoint", tmp / "a" / "checkpoint-0.pth", "--images", path, "--output", tmp / "a.png"]),
+    ):
+        tool.main(tool.get_args_parser().parse_args([*map(str, flags)]))
+        assert used() == {((0.5, 0.4), (0.2, 0.3))}, tool
+    capsys.readouterr()
+
+    note = "NOTE: --mean 0.5 0.4 --std 0.1 0.1 differs from the training of"
+    other = "--mean 0.5 0.4 --std 0.1 0.1".split()
+    for command in (evaluation, [*TINY, *common, *start, "--stem_stride", 1]):
+        result = finetune(*command, *other)
+        assert result.status == 0 and note in result.out and used() == {((0.5, 0.4), (0.1, 0.1))}
+    assert "NOTE: --mean 0.449" in finetune(*evaluation, "--imagenet_default_mean_and_std").out
+    result = finetune(*TINY, *common, *start, "--in_chans", 5)
+    assert result.status == 2 and "its mean and std are of 2 channels, and not used" in result.out

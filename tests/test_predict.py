@@ -17,6 +17,7 @@ from PIL import Image
 import utils
 from images import normalize
 from models.convnextv2 import ConvNeXtV2
+from models.files import INCEPTION_STATISTICS
 from tools.journal import Journal
 from tools.sheet import draw_sheet
 
@@ -87,7 +88,7 @@ def test_predictions_are_a_line_an_image_with_names_probabilities_and_errors(too
         if is_bad(file):
             assert error.split(":")[0] in ("UnidentifiedImageError", "OSError") and not pairs
             continue
-        imgs = normalize(read_pixels(file), imagenet=False)
+        imgs = normalize(read_pixels(file), INCEPTION_STATISTICS)
         probabilities = classifier[1](imgs).softmax(1)[0]
         if tta == "flip":
             probabilities = (probabilities + classifier[1](imgs.flip(3)).softmax(1)[0]) / 2
@@ -111,7 +112,7 @@ def test_features_of_a_scale_are_written_with_names(tool, classifier, folder, tm
         if is_bad(path):
             assert row["features"] is None and row["error"] == error != "" and np.isnan(features).all()
         else:
-            maps = classifier[1].feature_maps(normalize(read_pixels(path), imagenet=False))[scale - 1]
+            maps = classifier[1].feature_maps(normalize(read_pixels(path), INCEPTION_STATISTICS))[scale - 1]
             assert features == pytest.approx(maps.mean((2, 3))[0].numpy(), abs=1e-4) and error == ""
             assert row["features"] == features.tolist() and row["error"] is None
 
@@ -241,7 +242,7 @@ def test_neighbours_are_the_nearest_by_cosine_without_the_query_itself(tool, cla
     assert result.status == 0 and "2 queries among 8 images" in result.out and result.out.count("unreadable") == 2
     good = [path for path in list_images(folder) if not is_bad(path)]
     with torch.no_grad():
-        features = [classifier[1].forward_trunk(normalize(read_pixels(path), imagenet=False)) for path in good]
+        features = [classifier[1].forward_trunk(normalize(read_pixels(path), INCEPTION_STATISTICS)) for path in good]
     features = torch.nn.functional.normalize(torch.cat(features).mean((2, 3)), dim=1)
     for row, query in zip(drawn, (0, 4), strict=True):
         order = [i for i in (features @ features[query]).argsort(descending=True).tolist() if i != query]

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
-from conftest import TINY, assert_same_weights, weights
+from conftest import SMALL, TINY, assert_same_weights, log_lines, weights
 from PIL import Image
 
 import datasets
+import hooks
 import index
 import main_finetune
 import shards
@@ -235,6 +237,53 @@ def test_a_run_resumes_in_another_format_bit_for_bit(all_formats, labelled_folde
     assert resumed.status == 0 and "epoch 0, step 3" in resumed.out
     for name in ("checkpoint-1.pth", "checkpoint-best.pth"):
         assert_same_weights(weights(tmp_path / "a", name), weights(tmp_path / "b", name))
+
+
+@pytest.fixture
+def both_trainings(narrow, pretrain, finetune, monkeypatch):
+    """both_trainings(data, folder, interrupted): pre-training and fine-tuning from it, of 2 epochs of 5 steps.
+
+    interrupted: each ends at its 8th step as by a SIGKILL, with a checkpoint of the 7th, and resumes with a worker.
+    """
+    note = hooks.Console.on_log
+    monkeypatch.setattr("models.cost.describe", lambda *_, **options: "not counted, to save a third of the time")
+
+    def stop(console, run):
+        note(console, run)
+        if (run.epoch, run.step) == (1, 3):
+            raise KeyboardInterrupt  # at once: nothing more is saved
+
+    def train(data, folder, interrupted=False):
+        flags = ["--data_path", data, *"--batch_size 4 --epochs 2 --warmup_epochs 1 --save_ckpt_steps 2".split()]
+        flags += ["--print_freq", 1]
+        start = ["--stem_stride", 1, "--finetune", folder / "pretrained" / "checkpoint-1.pth"]
+        for script, name, more in (
+            (pretrain, "pretrained", [*SMALL, "--picture_freq", 0]),
+            (finetune, "finetuned", [*TINY, *start]),
+        ):
+            command = [*more, *flags, "--output_dir", folder / name]
+            if interrupted:
+                with monkeypatch.context() as patch:
+                    patch.setattr(hooks.Console, "on_log", stop)
+                    assert script(*command).status == 130
+            result = script(*command, "--num_workers", int(interrupted))
+            assert result.status == 0 and ("epoch 1, step 2" in result.out) == interrupted
+
+    return train
+
+
+def test_pretraining_and_fine_tuning_are_bit_equal_from_every_format_also_after_a_kill(
+    all_formats, labelled_folder, both_trainings, tmp_path
+):
+    both_trainings(labelled_folder, tmp_path / "folders")
+    for name in (
+        "class_folders", "tar_a_class", "webdataset_shards", "csv_list", "parquet_files", "npz_file", "npy_files",
+    ):  # fmt: skip
+        both_trainings(path_of(all_formats, name), tmp_path / name, interrupted=True)
+        for run in ("pretrained", "finetuned"):
+            expected, found = tmp_path / "folders" / run, tmp_path / name / run
+            assert_same_weights(weights(found, "checkpoint-1.pth"), weights(expected, "checkpoint-1.pth"))
+            assert log_lines(found) == log_lines(expected), name  # losses and accuracies
 
 
 REFERENCES = """
@@ -683,6 +732,12 @@ def test_arrays_of_other_names_or_shapes_are_refused(tmp_path, arrays):
         build_images("image_folder", tmp_path / "a.npz", "train", 3)
 
 
+def read_array(found, index):
+    """(H, W, C) of an image set of arrays."""
+    with found.open(index) as image:
+        return image.permute(1, 2, 0).numpy()
+
+
 def test_mnist_is_read_from_its_files(tmp_path):
     import gzip
 
@@ -695,7 +750,9 @@ def test_mnist_is_read_from_its_files(tmp_path):
     for split in ("train", "val"):
         found = build_images("IMNET", tmp_path, split, 1)
         assert found.class_names == ["0", "2", "7"] and found.targets.tolist() == [0, 1, 1, 2, 2]
-        assert [np.array_equal(found.open(i), images[n]) for i, n in enumerate((3, 1, 4, 0, 2))] == [True] * 5
+        assert [np.array_equal(read_array(found, i)[:, :, 0], images[n]) for i, n in enumerate((3, 1, 4, 0, 2))] == [
+            True
+        ] * 5
     assert len(build_images("image_folder", tmp_path, "train", 1, labelled=False)) == 5
 
 
@@ -703,15 +760,41 @@ def test_gray_arrays_of_16_bits_and_of_five_channels(tmp_path):
     sixteen = np.arange(32, dtype=np.uint16).reshape(2, 4, 4) * 2000
     np.save(tmp_path / "a.npy", sixteen)
     found = build_images("image_folder", tmp_path / "a.npy", "train", 1, labelled=False)
-    image = found.open(1)
-    assert np.array_equal(np.asarray(image), sixteen[1]) and image.mode.startswith("I")  # `decode` scales it
+    assert np.array_equal(read_array(found, 1)[:, :, 0], sixteen[1])  # `decode` scales it
     bands = np.random.default_rng(0).integers(0, 256, (3, 6, 4, 5), dtype=np.uint8)
     np.save(tmp_path / "b.npy", bands)
     found = build_images("image_folder", tmp_path / "b.npy", "train", 5, labelled=False)
-    with found.open(2) as image:
-        assert np.array_equal(image.permute(1, 2, 0), bands[2])
+    assert np.array_equal(read_array(found, 2), bands[2])
     with pytest.raises(UserError, match="has no labels; give them as NAME_labels.npy"):
         build_images("image_folder", tmp_path / "b.npy", "train", 5)
+
+
+def tiff_bytes(pages):
+    file = io.BytesIO()
+    tifffile.imwrite(file, pages, photometric="minisblack", compression="zlib")
+    return file.getvalue()
+
+
+def test_five_bands_of_16_bits_make_the_same_batches_as_tiff_in_every_format_and_as_arrays(tmp_path):
+    bands = np.random.default_rng(0).integers(1000, 5000, (9, 40, 44, 5), dtype=np.uint16)
+    found = [(CLASSES[i // 3], f"{i}.tif", tiff_bytes(np.moveaxis(image, 2, 0))) for i, image in enumerate(bands)]
+    formats = class_folders, tar_a_class, webdataset_shards, zip_of_class_folders, csv_list, parquet_files, arrow_files
+    for write in formats:
+        write(tmp_path / write.__name__ / "train", found)
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "train.npy", bands)
+    np.save(tmp_path / "arrays" / "train_labels.npy", np.arange(9) // 3)
+    flags = "--in_chans 5 --aa none --pixel_range 1000 5000 --input_size 32 40".split()
+    batches = {}
+    for name in ("arrays", *(write.__name__ for write in formats)):
+        args = finetune_args(tmp_path / name, *flags)
+        args.scale, args.repeated_sampling = (1, 1), 1
+        for dataset in (datasets.build_dataset(True, args), datasets.build_pretrain_dataset(args)):
+            loader, _ = datasets.build_train_loader(dataset, args, "cpu")
+            batches.setdefault(type(dataset), []).append([batch.imgs for batch in loader])
+    for first, *others in batches.values():
+        assert first[0].shape == (4, 5, 32, 40) and first[0].float().std() > 50 and len(others) == len(formats)
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def test_val_fraction_holds_out_a_stratified_part_that_depends_on_the_seed_alone(folder, tmp_path, finetune, narrow):

@@ -24,6 +24,7 @@ from timm.models.convnext import checkpoint_filter_fn
 import augmentations
 import datasets
 import evaluation
+import main_finetune
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from tools import benchmark, common, contestants, loaders, probe
@@ -79,7 +80,7 @@ def assert_fails(result, words):
 
 
 def test_help_waits_for_no_heavy_import():
-    names = ["benchmark", "collapse", "convert", "index", "neighbours", "plot", "predict", "probe", "reconstruct"]
+    names = "benchmark collapse convert index neighbours plot predict probe reconstruct statistics".split()
     heavy = ["timm", "torchvision", "sklearn", "matplotlib", "triton", "torch._dynamo"]
     code = f"""if True:
         import importlib, sys, utils
@@ -90,6 +91,78 @@ def test_help_waits_for_no_heavy_import():
         print([name for name in {heavy} if name in sys.modules])
     """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True).stdout == b"[]\n"
+
+
+# ---- statistics
+
+
+def read_flags(line):
+    """{name: values} of a printed command line."""
+    flags = [part.split() for part in line.split("--")[1:]]
+    return {name: [float(value) for value in values] for name, *values in flags}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_statistics_are_numpys_and_every_image_counts_the_same(tool, tmp_path, workers):
+    rng, decoded = np.random.default_rng(0), []
+    (tmp_path / "train").mkdir()
+    for number in range(21):
+        image = rng.integers(900, 5000, (20 + number, 30, 5), dtype=np.uint16) // [1, 2, 3, 1, 4]
+        np.save(tmp_path / "train" / f"{number:02}.npy", image.astype(np.uint16))
+        decoded.append(np.rint((image.clip(1000, 4000) - 1000) * (255 / 3000)) / 255)
+    (tmp_path / "train" / "99.npy").write_bytes(b"no image")
+    flags = ["--num_workers", workers, *"--in_chans 5 --pixel_range 1000 4000".split()]
+    result = tool("statistics", "--data_path", tmp_path, *flags)
+    *lines, printed = result.out.splitlines()
+    assert result.status == 0 and "99.npy" in lines[0] and lines[1] == "21 images:"
+    mean = np.mean([image.mean((0, 1)) for image in decoded], 0)
+    std = np.sqrt(np.mean([((image - mean) ** 2).mean((0, 1)) for image in decoded], 0))
+    found = read_flags(printed)
+    assert np.allclose(found["mean"], mean, rtol=1e-5) and np.allclose(found["std"], std, rtol=1e-5)
+
+
+def test_statistics_of_the_training_part_of_any_data_set(tool, labelled_folder, tmp_path):
+    def pixels(paths):
+        return np.stack([np.asarray(Image.open(path), dtype=float) / 255 for path in paths])
+
+    expected = pixels(labelled_folder.glob("train/*/*.png"))
+    printed = read_flags(tool("statistics", "--data_path", labelled_folder, "--num_workers", 0).out.splitlines()[-1])
+    assert np.allclose(printed["mean"], expected.mean((0, 1, 2)), rtol=1e-5)
+    assert np.allclose(printed["std"], expected.std((0, 1, 2)), rtol=1e-5)
+    folder = ["--data_path", labelled_folder / "train", "--val_fraction", 0.5, "--num_workers", 0]
+    held_out = tool("statistics", *folder).out.splitlines()
+    args = main_finetune.get_args_parser().parse_args([*map(str, folder), "--model", "convnextv2_atto"])
+    chosen = datasets.build_labelled_images(True, args)
+    expected = pixels(chosen.name(i) for i in range(len(chosen)))
+    assert held_out[0] == f"{len(chosen)} images:" and 5 < len(chosen) < 15
+    assert np.allclose(read_flags(held_out[1])["mean"], expected.mean((0, 1, 2)), rtol=1e-5)
+
+
+def test_statistics_log_their_rate(labelled_folder, monkeypatch, capsys):
+    from tools import statistics
+
+    clock = iter(range(0, 9999, 3)).__next__
+    monkeypatch.setattr(statistics, "time", argparse.Namespace(monotonic=clock))
+    args = statistics.get_args_parser().parse_args(["--data_path", str(labelled_folder), "--num_workers", "0"])
+    statistics.main(args)
+    assert "16 of 22 images, 5 images/s, about 1 s left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--data_path FOLDER/nothing", "--data_path FOLDER/nothing: no such folder"),
+        ("--data_path FOLDER --pixel_range 2 1", "--pixel_range 2 1: give the smaller first"),
+        ("--data_path FOLDER", "--data_path: channel 1 is 0.0588235 in all pixels: leave it out"),
+        ("--data_path FOLDER --in_chans 5", "none of the first 1 images can be read"),
+    ],
+)
+def test_mistakes_in_statistics_are_one_line(tool, tmp_path, flags, words):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    pixels[:, :, 1] = 15
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    flags = flags.replace("FOLDER", str(tmp_path)).split()
+    assert_fails(tool("statistics", "--num_workers", 0, *flags), words.replace("FOLDER", str(tmp_path)))
 
 
 # ---- reconstruct

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 import flags
-from images import COLOR_MODES, Digits, find_images, read_files
+from images import COLOR_MODES, Digits, find_files, read_files
 from models.utils import GRN
 from tools import common
 from tools.figure import add_legends, check_figure, choose_colors, make_figure, save_figure, shorten_paths
@@ -101,10 +101,12 @@ def read_images(args, in_chans, transform):
     if args.data_set == "DIGITS":
         if in_chans not in COLOR_MODES:
             raise UserError(f"--data_set DIGITS: has 1, 3 or 4 channels, not the {in_chans} of the network")
-        digits = Digits(train=False, in_chans=in_chans)
-        return [transform(digits.open(number)) for number in spread(range(len(digits)), args.num_images)]
-    files = [file for path in args.images for file in (find_images(path) if os.path.isdir(path) else [path])]
-    chosen = spread(files, args.num_images) or args.images  # folders without an image: an error of read_files
+        digits, found = Digits(train=False, in_chans=in_chans), []
+        for number in spread(range(len(digits)), args.num_images):
+            with digits.open(number) as image:
+                found.append(transform(image))
+        return found
+    chosen = spread(find_files("--images", args.images), args.num_images)
     return [image for _, image in read_files("--images", chosen, in_chans, transform)]
 
 

@@ -8,7 +8,7 @@ import flags
 import utils
 from checkpoints import load_checkpoint, training_flags, write_whole
 from datasets import build_eval_transform
-from images import normalize
+from images import find_statistics, normalize
 from models import convnextv2, weights
 from utils import UserError
 
@@ -38,20 +38,21 @@ class Seen(NamedTuple):
 
     input_size: tuple | None  # (height, width)
     crop_pct: float | None  # see `datasets.build_eval_transform`
-    imagenet: bool  # see `images.normalize`
+    statistics: tuple  # see `images.normalize`
     pixel_range: tuple | None  # see `images.decode`
 
 
-def find_seen(checkpoint):
-    """The `Seen` of a checkpoint."""
+def find_seen(checkpoint, in_chans):
+    """The `Seen` of a checkpoint of a network for so many channels. Raises UserError."""
     given = training_flags(checkpoint)
-    imagenet = given.get("imagenet_default_mean_and_std", True)
-    return Seen(given.get("input_size"), given.get("crop_pct"), imagenet, given.get("pixel_range"))
+    with utils.name_in_errors("--checkpoint"):
+        statistics = find_statistics(given, in_chans)
+    return Seen(given.get("input_size"), given.get("crop_pct"), statistics, given.get("pixel_range"))
 
 
 def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):
     """(height, width): input_size if given, else that of the checkpoint's training. Raises UserError if it is unfit."""
-    trained = find_seen(checkpoint).input_size
+    trained = training_flags(checkpoint).get("input_size")
     size = input_size or trained or (224, 224)
     flags.check_image_size("input_size", size, multiple_of=multiple_of, least=total_stride)
     if trained and trained != tuple(size) and utils.is_main_process():
@@ -63,9 +64,9 @@ def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):
 
 def build_transform(checkpoint, input_size, in_chans):
     """An opened image -> normalized (C, height, width), as the checkpoint's training evaluates, at the given size."""
-    seen = find_seen(checkpoint)
+    seen = find_seen(checkpoint, in_chans)
     transform = build_eval_transform(input_size, in_chans, seen.crop_pct, seen.pixel_range)
-    return lambda image: normalize(transform(image)[None], seen.imagenet)[0]
+    return lambda image: normalize(transform(image)[None], seen.statistics)[0]
 
 
 def check_output(output, images, flag="--output"):

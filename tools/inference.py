@@ -10,9 +10,9 @@ import datasets
 import flags
 import utils
 from evaluation import compute_rows
-from images import find_images, normalize, open_image, try_open
+from images import find_files, normalize, open_image, try_open
 from shards import in_one_line
-from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
+from tools.common import Seen, add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
 
 
@@ -36,10 +36,7 @@ class ImageFiles:
         for path in paths:
             if not os.path.exists(path):
                 raise UserError(f"{flag} {path}: No such file or folder")
-        files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
-        if not files:
-            raise UserError(f"{flag} {' '.join(paths)}: no image there")
-        self.paths, self.in_chans = np.array([os.fsencode(file) for file in files]), in_chans
+        self.paths, self.in_chans = np.array([os.fsencode(file) for file in find_files(flag, paths)]), in_chans
 
     def __len__(self):
         return len(self.paths)
@@ -67,15 +64,14 @@ class Inference(NamedTuple):
     model: torch.nn.Module
     checkpoint: dict
     input_size: tuple  # (height, width)
-    imagenet: bool  # see `images.normalize`
+    seen: Seen
     device: torch.device
     args: object
 
     def build_dataset(self, flag, paths):
         in_chans = self.model.config["in_chans"]
         images = ImageFiles(flag, paths, in_chans)
-        seen = find_seen(self.checkpoint)
-        transform = datasets.build_eval_transform(self.input_size, in_chans, seen.crop_pct, seen.pixel_range)
+        transform = datasets.build_eval_transform(self.input_size, in_chans, self.seen.crop_pct, self.seen.pixel_range)
         return FileDataset(images, transform)
 
     def compute(self, function, dataset, indices):
@@ -89,7 +85,7 @@ class Inference(NamedTuple):
             rows = None
             if len(batch.imgs):
                 rows = compute_rows(
-                    lambda imgs, _: function(normalize(imgs, self.imagenet)), batch, self.device,
+                    lambda imgs, _: function(normalize(imgs, self.seen.statistics)), batch, self.device,
                     lambda: utils.autocast(self.args, self.device),
                 )  # fmt: skip
             yield batch.indices, rows, batch.unreadable
@@ -106,5 +102,5 @@ def load_inference(args, needs_head=False):
     model, checkpoint = load_network(args.checkpoint, args.model_key, needs_head)
     size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
     device = utils.init_distributed_mode(args)
-    imagenet = find_seen(checkpoint).imagenet
-    return Inference(utils.to_device(model, device, args.triton), checkpoint, size, imagenet, device, args)
+    seen = find_seen(checkpoint, model.config["in_chans"])
+    return Inference(utils.to_device(model, device, args.triton), checkpoint, size, seen, device, args)

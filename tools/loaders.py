@@ -19,7 +19,7 @@ import augmentations
 import datasets
 import main_finetune
 import main_pretrain
-from images import IMAGENET_STATISTICS
+from models.files import IMAGENET_STATISTICS
 
 COUNTS = {(500, 375): 100, (2000, 1500): 20}  # width and height of the files: how many of them
 

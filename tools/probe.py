@@ -36,13 +36,14 @@ def main(args):
     size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
     device = utils.init_distributed_mode(args)
     model = utils.to_device(model, device, args.triton)
-    seen = find_seen(checkpoint)
-    known = {"in_chans": model.config["in_chans"], "input_size": size, "pixel_range": seen.pixel_range}
+    in_chans = model.config["in_chans"]
+    seen = find_seen(checkpoint, in_chans)
+    known = {"in_chans": in_chans, "input_size": size, "pixel_range": seen.pixel_range}
     probe_args = Namespace(**vars(args) | known)
     sets = datasets.build_probe_sets(probe_args, args.data_path, args.images_per_class)
     loaders = [datasets.build_eval_loader(dataset, probe_args, device) for dataset in sets]
     accuracies, counts, unreadable = probe(
-        model.forward_trunk, loaders, device, lambda: utils.autocast(args, device), imagenet=seen.imagenet
+        model.forward_trunk, loaders, device, lambda: utils.autocast(args, device), statistics=seen.statistics
     )
     for name in unreadable:
         utils.log(f"unreadable image, left out: {name}")

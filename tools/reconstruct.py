@@ -18,7 +18,7 @@ from checkpoints import load_checkpoint, training_flags
 from evaluation import draw_reconstructions
 from images import check_resized, decode, read_files
 from models import fcmae
-from tools.common import add_input_size_arg, check_output, choose_input_size, write_output
+from tools.common import add_input_size_arg, check_output, choose_input_size, find_seen, write_output
 from utils import UserError
 
 
@@ -49,13 +49,14 @@ def main(args):
     size = choose_input_size(args.input_size, checkpoint, model.patch_size, multiple_of=model.patch_size)
     ratio = training_flags(checkpoint).get("mask_ratio", 0.6) if args.mask_ratio is None else args.mask_ratio
 
-    read = partial(decode, in_chans=model.in_chans, pixel_range=training_flags(checkpoint).get("pixel_range"))
+    seen = find_seen(checkpoint, model.in_chans)
+    read = partial(decode, in_chans=model.in_chans, pixel_range=seen.pixel_range)
     resize = [partial(check_resized, shorter=max(size)), v2.Resize(max(size), InterpolationMode.BICUBIC)]
     fit = v2.Compose([read, *resize, v2.CenterCrop(size), v2.PILToTensor()])
     imgs = torch.stack([image for _, image in read_files("--images", args.images, model.in_chans, fit)])
     torch.manual_seed(args.seed)
     with utils.name_in_errors("--mask_ratio"):
-        picture = draw_reconstructions(model, imgs, mask_ratio=ratio)
+        picture = draw_reconstructions(model, imgs, mask_ratio=ratio, statistics=seen.statistics)
     write_output(args.output, lambda file: picture.save(file, file_format))
     print(f"{len(imgs)} images, mask ratio {ratio}: {args.output}")
 
