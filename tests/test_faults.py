@@ -169,6 +169,12 @@ def entries(value, depth=2, path=()):
             yield from entries(item, depth - 1, (*path, key))
 
 
+def draw_cases(content, name, request):
+    """(place, value): each entry with one wrong value, with --rounds N with N of them."""
+    draw, rounds = random.Random(name), min(request.config.getoption("--rounds"), len(WRONG))
+    return [(place, value) for place in entries(content) for value in draw.sample(WRONG, rounds)]
+
+
 def replaced(content, path, value):
     content = copy.deepcopy(content)
     place = content
@@ -183,15 +189,13 @@ def test_every_wrong_entry_of_a_checkpoint_is_refused_in_one_line_or_does_no_har
     trained, name, request, narrow, labelled_folder, pretrain, finetune, tmp_path
 ):
     content = torch.load(trained[name])
-    cases = [(path, value) for path in entries(content) for value in WRONG]
-    random.Random(name).shuffle(cases)
     flags = [*TINY, "--data_path", labelled_folder, *"--batch_size 4 --epochs 1 --warmup_epochs 0".split()]
     uses = {"--resume": (finetune, []), "--finetune": (finetune, []), "--eval": (finetune, ["--resume"])}
     if name == "pretrain":
         small = "--stem_stride 1 --decoder_embed_dim 8 --picture_freq 0".split()
         uses = {"--resume": (pretrain, small), "--finetune": (finetune, ["--stem_stride", "1"])}
     path = tmp_path / "wrong.pth"
-    for place, value in cases[: 12 * request.config.getoption("--rounds")]:
+    for place, value in draw_cases(content, name, request):
         torch.save(replaced(content, place, value), path)
         for use, (run, more) in uses.items():
             command = [*flags, use, path, *more] if use != "--eval" else [*flags, "--eval", "true", *more, path]
@@ -207,10 +211,8 @@ def test_every_wrong_entry_of_a_checkpoint_is_refused_in_one_line_or_does_no_har
 def test_every_wrong_entry_is_refused_in_one_line_or_does_no_harm_in_the_tools(trained, name, request, tmp_path):
     """What they do with a checkpoint before they read an image."""
     content = torch.load(trained[name])
-    cases = [(place, value) for place in entries(content) for value in WRONG]
-    random.Random(name).shuffle(cases)
     path = tmp_path / "wrong.pth"
-    for place, value in cases[: 40 * request.config.getoption("--rounds")]:
+    for place, value in draw_cases(content, name, request):
         torch.save(replaced(content, place, value), path)
         try:
             model, checkpoint = common.load_network(path, "model|module", needs_head=name == "finetune")
