@@ -30,7 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import DEFAULTS, DEFLATED, OPEN_FILES, THREADS, Group, image_extensions, list_source, open_table, state_of
+from shards import DEFLATED, THREADS, Group, list_source, state_of
+from sources import DEFAULTS, image_extensions
+from tables import OPEN_FILES, open_table
 from utils import log
 
 VERSION = 1

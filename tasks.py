@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from checkpoints import is_task
 from flags import fraction_below_1
 from index import sort_labels
-from shards import SEPARATOR, shorten
+from sources import SEPARATOR, shorten
 from utils import UserError, log
 
 

@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 
 import index
-import shards
-from datasets import EpochSampler
-from images import ImageFolder
+import sources
+from image_sets import ImageFolder
+from samplers import EpochSampler
 
 CLASSES = 1000
 
@@ -76,13 +76,13 @@ def measure(work, *args):
 
 
 def start(path, keep=False):
-    source = shards.find_source(path, "", False)
+    source = sources.find_source(path, "", False)
     return len(index.open_index(source, keep=keep))
 
 
 def repeat_index(path, count):
     """Keep, as that of the path, an index of its entries repeated until there are `count`."""
-    source = shards.find_source(path, "", False)
+    source = sources.find_source(path, "", False)
     listed = index.open_index(source)
     times, n, parts = -(-count // len(listed)), len(listed), len(listed.parts)
     copies = np.repeat(np.arange(times), n)
@@ -91,8 +91,8 @@ def repeat_index(path, count):
     columns["name_end"] = columns["name_end"] + copies.astype(np.uint64) * listed.name_end[-1]
     meta = listed.meta | {"parts": listed.parts * times}
     shutil.rmtree(listed.folder)
-    repeated = index.Index(source, shards.DEFAULTS, meta, columns)
-    index.keep_index(repeated, index.index_places(source, shards.DEFAULTS))
+    repeated = index.Index(source, sources.DEFAULTS, meta, columns)
+    index.keep_index(repeated, index.index_places(source, sources.DEFAULTS))
     return len(repeated)
 
 
@@ -121,7 +121,7 @@ def count_seeks(count, shuffle):
 
 def read_in_workers(path):
     """MiB of its own that a loader worker gains while it opens 20,000 images in random order, and its descriptors."""
-    images = ImageFolder(shards.find_source(path, "", False), 3)
+    images = ImageFolder(sources.find_source(path, "", False), 3)
     order = np.random.default_rng(0).integers(0, len(images), 20_000)
 
     def work():

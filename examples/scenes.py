@@ -7,8 +7,8 @@
     FOLDER/train/masks/0000.png ...     class of each pixel: 0 background, 1 + digit, or 1 with --one_class
     FOLDER/train/annotations.json       COCO: boxes and masks (run lengths), category 1 + digit
 
-Training scenes use the left two thirds of the photographs and the digits of `images.Digits`' training part; validation
-scenes the right third and the held-out digits. A scene is a function of (seed, number).
+Training scenes use the left two thirds of the photographs and the digits of `image_sets.Digits`' training part;
+validation scenes the right third and the held-out digits. A scene is a function of (seed, number).
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import flags
-from images import Digits
+from image_sets import Digits
 
 SIDE = 128  # pixels of a scene
 DIGIT_SIDES = (24, 48)  # range of a digit's side

@@ -19,10 +19,13 @@ import augmentations
 import datasets
 import engine_finetune
 import engine_pretrain
+import samplers
 import utils
-from datasets import Batch, EpochSampler, LabelledBatch, PretrainDataset, TrainDataset
+from datasets import Batch, LabelledBatch, PretrainDataset, TrainDataset
 from flags import FlagParser, add_model_args
-from images import Digits, ImageFolder, normalize, to_tensor
+from image_sets import Digits, ImageFolder
+from images import normalize, to_tensor
+from samplers import EpochSampler
 from tasks import Classification
 from utils import UserError
 
@@ -159,11 +162,11 @@ def keys_of(epoch, step=0, count=22, batch_size=4, update_freq=1, rank=0, world_
 
 
 def test_without_repeats_the_order_is_one_permutation_an_epoch():
-    order = datasets.permute(np.arange(22), 22, 3, 5)[:20]
+    order = samplers.permute(np.arange(22), 22, 3, 5)[:20]
     assert [key for batch in keys_of(5) for key in batch] == [(5, index, 0) for index in order]
 
 
-@pytest.mark.parametrize("permute", [datasets.permute, datasets.permute_blocks])
+@pytest.mark.parametrize("permute", [samplers.permute, samplers.permute_blocks])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 22, 64, 65, 1000, 20000])
 def test_a_permutation_takes_every_number_once_and_is_known_at_any_place(permute, count):
     whole = permute(np.arange(count), count, 3, 5)
@@ -176,7 +179,7 @@ def test_a_permutation_takes_every_number_once_and_is_known_at_any_place(permute
 def test_permutations_are_as_even_as_random_ones():
     """Chi-square, by degrees of freedom: which number comes where, and which after which; all 24 orders of four."""
     epochs, count = 3000, 12
-    orders = np.array([datasets.permute(np.arange(count), count, 0, epoch) for epoch in range(epochs)])
+    orders = np.array([samplers.permute(np.arange(count), count, 0, epoch) for epoch in range(epochs)])
     where = np.zeros((count, count))
     np.add.at(where, (np.arange(count), orders), 1)
     after = np.zeros((count, count))
@@ -185,13 +188,13 @@ def test_permutations_are_as_even_as_random_ones():
     for found, degrees in ((where, (count - 1) ** 2), (after, len(after) - 1)):
         chi_square = ((found - found.mean()) ** 2 / found.mean()).sum()
         assert abs(chi_square / degrees - 1) < 5 * (2 / degrees) ** 0.5
-    four = [tuple(datasets.permute(np.arange(4), 4, 0, epoch)) for epoch in range(2400)]
+    four = [tuple(samplers.permute(np.arange(4), 4, 0, epoch)) for epoch in range(2400)]
     assert len(set(four)) == 24 and min(map(four.count, set(four))) > 50
 
 
 def test_blocks_are_neighbors_and_are_prefetched_in_one_piece_before_they_are_needed():
     """A reader that counts seeks: two orders of 40,000 images of one archive, read as a disk would."""
-    count, batch_size, size = 40_000, 50, datasets.BLOCK * datasets.WINDOW
+    count, batch_size, size = 40_000, 50, samplers.BLOCK * samplers.WINDOW
 
     def seeks(shuffle):
         reads, cached = [], np.zeros(count, dtype=bool)
@@ -212,9 +215,9 @@ def test_blocks_are_neighbors_and_are_prefetched_in_one_piece_before_they_are_ne
         return sum(start != stop for (start, _), (_, stop) in zip(reads[1:], reads, strict=False)), indices
 
     (random_seeks, _), (block_seeks, indices) = seeks("full"), seeks("blocks")
-    assert random_seeks > 0.99 * (count - 350) and block_seeks < 1.2 * count / datasets.BLOCK
+    assert random_seeks > 0.99 * (count - 350) and block_seeks < 1.2 * count / samplers.BLOCK
     first = np.array(indices[: size - 350])
-    assert len(np.unique(first // datasets.BLOCK)) <= 2 * datasets.WINDOW  # blocks start anywhere
+    assert len(np.unique(first // samplers.BLOCK)) <= 2 * samplers.WINDOW  # blocks start anywhere
     assert np.abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05
 
 

@@ -15,9 +15,11 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits, load_sample_image
 from torchvision.transforms import v2
 
+import image_sets
 import images
-import shards
-from images import ClassFolders, Crop, Digits, ImageFolder, RandomCrop, build_images, find_images
+import sources
+from image_sets import ClassFolders, Digits, ImageFolder, build_images, find_images
+from images import Crop, RandomCrop
 from models.files import INCEPTION_STATISTICS, find_statistics
 from utils import UserError
 
@@ -92,7 +94,7 @@ def test_12_bits_in_a_16_bit_file_are_refused_with_the_range_that_shows_them(tmp
     with pytest.raises(UserError, match="none of the first 1 images can be read: .*--pixel_range 0 4095"):
         build_images("image_folder", tmp_path, "train", 1, labelled=False)
     assert np.array_equal(read_image(path, 1, pixel_range=(0, 4095)), np.rint(twelve * (255 / 4095)))
-    options = shards.DEFAULTS._replace(pixel_range=(0, 4095))
+    options = sources.DEFAULTS._replace(pixel_range=(0, 4095))
     assert len(build_images("image_folder", tmp_path, "train", 1, labelled=False, options=options))
     assert not np.any(read_image(save(tmp_path, Image.fromarray(twelve * 0), f"black.{extension}"), 1))
 
@@ -330,7 +332,7 @@ def test_a_file_is_named_in_one_line_whatever_it_is_called(tmp_path):
     _, error = images.try_open(ImageFolder(tmp_path, 3), 0, images.decode)
     assert error.startswith(f"{tmp_path}/a\\nb\\x1b[1m.png (UnidentifiedImageError: ") and error.isprintable()
     with pytest.raises(UserError, match=r"^--images .*/a\\nb\\x1b\[1m.png: cannot be read: ") as caught:
-        list(images.read_files("--images", [str(tmp_path)], 3, np.asarray))
+        list(image_sets.read_files("--images", [str(tmp_path)], 3, np.asarray))
     assert str(caught.value).isprintable()
 
 
@@ -427,7 +429,7 @@ def test_an_image_beside_the_class_folders_is_refused(tmp_path):
 
 
 def test_the_first_of_each_class(labelled_folder):
-    first = images.first_of_each_class(ClassFolders(labelled_folder / "train", 3), 2)
+    first = image_sets.first_of_each_class(ClassFolders(labelled_folder / "train", 3), 2)
     names = [first.name(i).split("/")[-1] for i in range(len(first))]
     assert names == ["00.png", "03.png", "01.png", "04.png", "02.png", "05.png"]
     assert first.targets.tolist() == [0, 0, 1, 1, 2, 2] and first.class_names == ["ant", "bee", "cat"]
@@ -510,7 +512,7 @@ def test_cifar_is_read_from_its_files(tmp_path, monkeypatch, num_classes):
     assert train.class_names == ["cat", "dog", "ant"] and train.targets.tolist() == [2, 0, 1, 2]
     assert np.array_equal(read_set(train, 3), pixels[3].transpose(1, 2, 0))
     assert val.targets.tolist() == [1, 0] and np.array_equal(read_set(val, 0), pixels[4].transpose(1, 2, 0))
-    assert images.first_of_each_class(train, 1).targets.tolist() == [2, 0, 1]
+    assert image_sets.first_of_each_class(train, 1).targets.tolist() == [2, 0, 1]
 
 
 def test_cifar_that_cannot_be_downloaded_is_reported_in_one_line(tmp_path, monkeypatch):
@@ -752,11 +754,11 @@ def test_the_statistics_are_timms_and_averages_for_other_channels():
 
 def test_files_and_folders_are_read_and_bad_ones_named(tmp_path):
     path = str(save(tmp_path, Image.fromarray(RGB), "a.png"))
-    found = list(images.read_files("--images", [path, str(tmp_path)], 3, np.asarray))
+    found = list(image_sets.read_files("--images", [path, str(tmp_path)], 3, np.asarray))
     assert [file for file, _ in found] == [path, path] and all(np.array_equal(image, RGB) for _, image in found)
     (tmp_path / "b.png").write_text("not an image")
     with pytest.raises(UserError, match="^--images .*b.png: cannot be read"):
-        list(images.read_files("--images", [str(tmp_path)], 3, np.asarray))
+        list(image_sets.read_files("--images", [str(tmp_path)], 3, np.asarray))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="^--images .*empty: no image there"):
-        list(images.read_files("--images", [str(tmp_path / "empty")], 3, np.asarray))
+        list(image_sets.read_files("--images", [str(tmp_path / "empty")], 3, np.asarray))

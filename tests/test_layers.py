@@ -13,8 +13,8 @@ ORDER = """
     models.utils models.sites models.launch models.passes models.kernels models.mlp_kernels models.triton_switch
     models.mlp models.depthwise models.weights models.cost models.convnextv2
     models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags
-    shards index images optim_factory run checkpoints
-    augmentations tasks
+    sources tables shards index images image_sets optim_factory run checkpoints
+    augmentations tasks samplers
     datasets
     evaluation engine_pretrain engine_finetune
     hooks

@@ -27,8 +27,10 @@ import hooks
 import index
 import main_finetune
 import shards
+import sources
+import tables
 import utils
-from images import ClassFolders, ImageFolder, build_images
+from image_sets import ClassFolders, ImageFolder, build_images
 from utils import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
@@ -355,7 +357,7 @@ def settle(folder):
 
 
 def open_index(path, **options):
-    return index.open_index(shards.find_source(path, "", False), shards.DEFAULTS._replace(**options), keep=True)
+    return index.open_index(sources.find_source(path, "", False), sources.DEFAULTS._replace(**options), keep=True)
 
 
 def names(index):
@@ -539,7 +541,7 @@ PIXEL = PIXEL.getvalue()
 
 
 def tar_index(path):
-    return index.build_index(shards.find_source(path, "", False), shards.DEFAULTS)
+    return index.build_index(sources.find_source(path, "", False), sources.DEFAULTS)
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -609,7 +611,7 @@ def test_a_member_of_negative_size_does_not_turn_the_reader_in_circles(tmp_path,
 
 def test_an_archive_that_is_rewritten_in_the_run_is_noticed(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a/1.png", PIXEL), ("b/2.png", PIXEL)])
-    found = ClassFolders(shards.find_source(path, "", False), 3)
+    found = ClassFolders(sources.find_source(path, "", False), 3)
     found.open(0)
     os.utime(path, ns=(0, 0))
     with pytest.raises(OSError, match="a.tar was changed after it was listed"):
@@ -635,8 +637,8 @@ def test_gzipped_images_are_unpacked_and_zip_files_that_are_none_are_named(tmp_p
 
 
 def test_braces_name_shards():
-    assert shards.expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
-    assert shards.expand_braces("{a,b}{0..1}") == ["a0", "a1", "b0", "b1"]
+    assert sources.expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
+    assert sources.expand_braces("{a,b}{0..1}") == ["a0", "a1", "b0", "b1"]
 
 
 def test_a_pattern_reads_the_shards_that_it_names(all_formats, capsys):
@@ -720,7 +722,7 @@ def test_files_that_are_not_what_their_name_says(tmp_path, name):
 
 def test_pyarrow_is_asked_for_where_it_is_missing(all_formats, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    shards.open_table.cache_clear()
+    tables.open_table.cache_clear()
     with pytest.raises(UserError, match="is read by pyarrow, which is missing: pip install pyarrow"):
         build_images("image_folder", all_formats / "parquet_files", "train", 3)
 

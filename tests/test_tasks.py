@@ -27,9 +27,10 @@ from timm.data import Mixup
 import main_finetune
 import shards
 import tasks
-from datasets import BalancedSampler, build_labelled_sets
+from datasets import build_labelled_sets
 from engine_finetune import build_mixup
 from run import is_better
+from samplers import BalancedSampler
 from tasks import (
     ClassEvaluation,
     Classification,

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 import flags
-from images import COLOR_MODES, Digits, find_files, read_files
+from image_sets import Digits, find_files, read_files
+from images import COLOR_MODES
 from models.utils import GRN
 from tools import common
 from tools.figure import add_legends, check_figure, choose_colors, make_figure, save_figure, shorten_paths

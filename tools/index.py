@@ -6,7 +6,7 @@ python -m tools.index SHARDS --index_dir /shared/indexes
 
 import datasets
 import flags
-import shards
+import sources
 from index import open_index
 from utils import UserError, log
 
@@ -22,7 +22,7 @@ def main(args):
     done = set()
     for split in ("train", "val"):
         try:
-            source = shards.find_source(args.data_path, split, False)
+            source = sources.find_source(args.data_path, split, False)
             if source in done or source.kind == "array":
                 continue
             index = open_index(source, datasets.source_options(args), keep=True)

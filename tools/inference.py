@@ -10,8 +10,9 @@ import datasets
 import flags
 import utils
 from evaluation import compute_rows
-from images import find_files, normalize, open_image, try_open
-from shards import in_one_line
+from image_sets import find_files
+from images import normalize, open_image, try_open
+from sources import in_one_line
 from tools.common import Seen, add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
 

@@ -24,7 +24,7 @@ import flags
 import tasks
 import utils
 from evaluation import pool_features
-from shards import in_one_line
+from sources import in_one_line
 from tools.common import check_output, write_output
 from tools.inference import add_inference_args, load_inference
 from tools.journal import Journal

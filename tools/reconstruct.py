@@ -16,7 +16,8 @@ import flags
 import utils
 from checkpoints import load_checkpoint, training_flags
 from evaluation import draw_reconstructions
-from images import check_resized, decode, read_files
+from image_sets import read_files
+from images import check_resized, decode
 from models import fcmae
 from tools.common import add_input_size_arg, check_output, choose_input_size, find_seen, write_output
 from utils import UserError

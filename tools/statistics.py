@@ -14,7 +14,8 @@ import torch
 
 import datasets
 import flags
-from images import build_images, decode_fast, to_tensor
+from image_sets import build_images
+from images import decode_fast, to_tensor
 from utils import UserError, log
 
 

@@ -1,0 +1,147 @@
+"""The order of an epoch: a function of (seed, epoch), whatever the number of workers and ranks; it is never stored."""
+
+import numpy as np
+import torch
+
+import utils
+
+# Kept in checkpoints: another law of the order needs another number; 1 was NumPy's
+ORDERS = {"full": 2, "blocks": 3, "balanced": 4}
+BLOCK, WINDOW = 64, 256  # of --shuffle blocks: neighboring samples, and blocks that are shuffled among each other
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Batches of keys (epoch, index, repeat) for one rank, in an order that is a function of (seed, epoch).
+
+    A step takes the next batch_size * update_freq * world_size samples, however they are divided; an epoch has whole
+    steps only. repeats: samples per image, all in one batch; must divide batch_size ("repeated sampling" of MAE-ST and
+    Hiera). An epoch takes 1 / repeats of the images, and that many epochs take all. shuffle: "full" or "blocks".
+    prefetch(start, stop): called, with "blocks", for each block of images about a window before it is needed.
+    """
+
+    def __init__(
+        self, num_samples, batch_size, update_freq, seed, rank=0, world_size=1, repeats=1, shuffle="full", prefetch=None
+    ):  # fmt: skip
+        self.num_samples, self.batch_size, self.update_freq, self.seed = num_samples, batch_size, update_freq, seed
+        self.rank, self.world_size, self.repeats = rank, world_size, repeats
+        self.shuffle, self.order = shuffle, ORDERS[shuffle]
+        self.prefetch = prefetch if shuffle == "blocks" else None
+        self.steps_per_epoch = num_samples // (batch_size * update_freq * world_size)
+        self.set_position(0, 0)
+
+    def set_position(self, epoch, step):
+        """Iterate over this epoch next, from this optimizer step on."""
+        self.epoch, self.step = epoch, step
+
+    def __len__(self):
+        return (self.steps_per_epoch - self.step) * self.update_freq
+
+    def __iter__(self):
+        epoch, prefetched = self.epoch, 0
+        for batch in range(self.step * self.update_freq, self.steps_per_epoch * self.update_freq):
+            if self.prefetch is not None:
+                prefetched = self.prefetch_blocks(epoch, batch, prefetched)
+            yield self.batch_keys(epoch, batch)
+
+    def batch_keys(self, epoch, batch):
+        """The keys of this rank's batch of that number, counted from the start of the epoch."""
+        indices = self.batch_indices(epoch, batch)
+        return [(epoch, index, repeat) for index in indices for repeat in range(self.repeats)]
+
+    def position(self, epoch, batch, rank):
+        """(key of the order, place in it) of the first image of a rank's batch; `repeats` epochs share an order."""
+        cycle, part = divmod(epoch, self.repeats)
+        count = self.batch_size // self.repeats
+        return (self.seed, cycle), part * (self.num_samples // self.repeats) + (batch * self.world_size + rank) * count
+
+    def batch_indices(self, epoch, batch):
+        """The images of that batch."""
+        key, start = self.position(epoch, batch, self.rank)
+        permutation = permute if self.shuffle == "full" else permute_blocks
+        positions = np.arange(start, start + self.batch_size // self.repeats)
+        return permutation(positions, self.num_samples, *key).tolist()
+
+    def prefetch_blocks(self, epoch, batch, prefetched):
+        """Prefetch the blocks up to a window after this batch but those `prefetched`; how many are done then."""
+        key, start = self.position(epoch, batch, 0)
+        end = min((start // BLOCK // WINDOW + 1) * WINDOW + start // BLOCK % WINDOW, self.num_samples // BLOCK)
+        slots = np.arange(max(prefetched, start // BLOCK // WINDOW * WINDOW), end)
+        for first in permute(slots, self.num_samples // BLOCK, *key, 0) * BLOCK if len(slots) else ():
+            first = (int(first) + block_shift(self.num_samples, *key)) % self.num_samples
+            self.prefetch(first, min(first + BLOCK, self.num_samples))
+        return max(prefetched, end)
+
+
+class BalancedSampler(EpochSampler):
+    """As `EpochSampler`, but every class equally often: of targets (n,), n draws an epoch.
+
+    A class takes its images in an order of its own, all of them before one comes again, over several epochs if it is
+    large. The repeat in a key is the number of that round: each time an image comes it is augmented anew.
+    """
+
+    def __init__(self, targets, *args):
+        super().__init__(len(targets), *args)
+        self.order = ORDERS["balanced"]
+        counts = np.bincount(targets)
+        self.by_class, starts = np.argsort(targets, kind="stable"), np.cumsum(counts) - counts
+        self.starts, self.counts = starts[counts > 0], counts[counts > 0]
+
+    def batch_keys(self, epoch, batch):
+        key, start = self.position(epoch, batch, self.rank)
+        slots = permute(np.arange(start, start + self.batch_size), self.num_samples, *key)
+        draws, classes = np.divmod(slots, len(self.counts))
+        draws += epoch * -(-self.num_samples // len(self.counts))
+        rounds, places = np.divmod(draws, self.counts[classes])
+        for cls, number in set(zip(classes.tolist(), rounds.tolist(), strict=True)):
+            same = (classes == cls) & (rounds == number)
+            places[same] = permute(places[same], int(self.counts[cls]), self.seed, cls, number)
+        indices = self.by_class[self.starts[classes] + places]
+        return [(epoch, *key) for key in zip(indices.tolist(), rounds.tolist(), strict=True)]
+
+    def batch_indices(self, epoch, batch):
+        return [index for _, index, _ in self.batch_keys(epoch, batch)]
+
+
+def permute(positions, count, *key):
+    """Where a permutation of range(count), drawn by the integers of the key, takes positions (n,); nothing is stored.
+
+    A Feistel network on the next power of two; what it takes outside the range goes through it again (cycle walking:
+    Black and Rogaway, 2002).
+    """
+    bits = max(count - 1, 3).bit_length()
+    low, rounds = np.uint64(bits // 2), np.random.SeedSequence((len(key), *key)).generate_state(8, np.uint64)
+    masks = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
+
+    def network(x):
+        halves = [x & masks[0], x >> low]
+        for number, round_key in enumerate(rounds):
+            changed, other = number % 2, halves[1 - number % 2]
+            mixed = (other + round_key) * np.uint64(0x9E3779B97F4A7C15)  # then as in splitmix64
+            mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xBF58476D1CE4E5B9)
+            halves[changed] = halves[changed] ^ (mixed >> np.uint64(32)) & masks[changed]
+        return halves[0] | halves[1] << low
+
+    found = network(np.asarray(positions).astype(np.uint64))
+    while (outside := found >= count).any():
+        found[outside] = network(found[outside])
+    return found.astype(np.int64)
+
+
+def permute_blocks(positions, count, *key):
+    """As `permute`, but of blocks of neighbors; within each window of blocks the samples are shuffled.
+
+    Blocks start at another sample for each key, so that the incomplete one, which comes last, is another.
+    """
+    found, windows = np.empty(len(positions), dtype=np.int64), positions // (BLOCK * WINDOW)
+    for window in np.unique(windows).tolist():
+        start = window * BLOCK * WINDOW
+        places = permute(positions[windows == window] - start, min(BLOCK * WINDOW, count - start), *key, 1 + window)
+        slots = window * WINDOW + places // BLOCK
+        whole = slots < count // BLOCK
+        slots[whole] = permute(slots[whole], count // BLOCK, *key, 0) if whole.any() else slots[whole]
+        found[windows == window] = slots * BLOCK + places % BLOCK
+    return (found + block_shift(count, *key)) % count
+
+
+def block_shift(count, *key):
+    return utils.derive_seed(*key, 0, 0) % count
