@@ -136,7 +136,7 @@ def copy_middle(run, folder):
     return folder
 
 
-def test_start_ranks_and_accumulation_train_as_one(runs):
+def test_two_ranks_and_accumulation_train_as_one(runs):
     assert_close(runs.one, runs.two)
     assert_close(runs.one, runs.accumulated)
 
