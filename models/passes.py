@@ -25,9 +25,13 @@ class Plain:
 
     @staticmethod
     def gelu_grad(h, a, grad, scale, factor):
-        """GELU'(h) (scale * grad + factor * a), where a scale of None is 1, and its sum over images and sites."""
-        grad = grad if scale is None else (grad * scale).to(grad.dtype)
-        grad_h = torch.ops.aten.gelu_backward(grad.addcmul_(a, factor.to(a.dtype)), h)
+        """GELU'(h) (scale * grad + factor * a), in place of grad, and its sum over images and sites.
+
+        A scale of None is 1.
+        """
+        grad = grad if scale is None else grad.mul_(scale)
+        grad.addcmul_(a, factor.to(a.dtype))
+        grad_h = torch.ops.aten.gelu_backward.grad_input(grad, h, grad_input=grad)
         return grad_h, grad_h.sum((0, 1), dtype=factor.dtype)
 
 
