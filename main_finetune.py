@@ -286,10 +286,8 @@ def main(args):
     dataset, eval_dataset, task = datasets.build_labelled_sets(args)
     check_task_args(args, [task])
     loader, sampler = datasets.build_train_loader(dataset, args, device)
-    erasing_fn, mixup_fn = (
-        engine_finetune.build_erasing(args, device),
-        engine_finetune.build_mixup(args, len(task.names)),
-    )
+    erasing_fn = engine_finetune.build_erasing(args, device)
+    mixup_fn = engine_finetune.build_mixup(args, len(task.names))
 
     # model and optimizer
     torch.manual_seed(args.seed)
