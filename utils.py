@@ -80,6 +80,7 @@ def run_main(main, args, name):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main(args)
+        shutdown_workers()  # which something may still hold
         leave_process_group()
     except KeyboardInterrupt:
         shutdown_workers()
@@ -129,7 +130,8 @@ def shutdown_workers():
     """Kill the loader workers: they ignore SIGTERM, which Python sends at exit before it waits for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
     for worker in multiprocessing.active_children():
-        worker.kill()
+        if worker.daemon:
+            worker.kill()
 
 
 def requeue(stopped):

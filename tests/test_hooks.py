@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, TINY, assert_same_weights, log_lines, weights
+from conftest import SMALL, TINY, Fork, assert_same_weights, finish, log_lines, weights
 from PIL import Image
 
 import evaluation
@@ -458,3 +458,9 @@ def test_a_plateau_ends_the_run_for_good(labelled_folder, finetune, tmp_path):
     assert "nothing left to do: 3 of 6 epochs are done" in finetune(*flags).out
     finetune(*flags, "--early_stop", 3)
     assert len(log_lines(tmp_path)) == 4
+
+
+def test_a_run_whose_hooks_have_workers_of_their_own_ends(small, labelled_folder, tmp_path):
+    """The workers ignore SIGTERM, which is how Python would end them, and nothing else does while something holds them."""
+    probes = ["--probe_freq", 1, "--probe_data_path", labelled_folder, "--num_workers", 1]
+    finish(Fork(main_pretrain, [*small, "--epochs", 1, "--picture_freq", 0, *probes]))
