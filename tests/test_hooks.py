@@ -461,6 +461,6 @@ def test_a_plateau_ends_the_run_for_good(labelled_folder, finetune, tmp_path):
 
 
 def test_a_run_whose_hooks_have_workers_of_their_own_ends(small, labelled_folder, tmp_path):
-    """The workers ignore SIGTERM, which is how Python would end them, and nothing else does while something holds them."""
+    """Python would end what something still holds by SIGTERM, which the workers ignore."""
     probes = ["--probe_freq", 1, "--probe_data_path", labelled_folder, "--num_workers", 1]
     finish(Fork(main_pretrain, [*small, "--epochs", 1, "--picture_freq", 0, *probes]))
