@@ -1,5 +1,6 @@
 """A scheduler's signal costs nothing, and two runs do not write to one folder."""
 
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import hooks
 import index
 import main_finetune
 import utils
+from datasets import Loader
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -239,9 +241,8 @@ def stall_after_a_step(folder, monkeypatch, then=lambda: None):
     monkeypatch.setattr(hooks.Console, "on_log", on_log)
 
     def watch():
-        while not (folder / "stalled").exists():
+        while not (folder / "stalled").exists() or time.monotonic() - (Loader.waiting_since or math.inf) < 0.7:
             time.sleep(0.02)
-        time.sleep(1)
         then()
 
     threading.Thread(target=watch, daemon=True).start()
