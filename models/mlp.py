@@ -166,8 +166,12 @@ def folds_scale(x):
 
 
 def folds_affine(x):
-    """Whether the batch x (N, S, C) is so large for the weights that passes over them cost less than over its rows."""
-    return folds_scale(x) or x.shape[0] * x.shape[1] >= 16 * x.shape[2]
+    """Whether the batch x (N, S, C) is so large for the weights that passes over them cost less than over its rows.
+
+    And in low precision on the CPU, where torch's layer norm would sum the gradients of w and v in that.
+    """
+    sums_in_low = x.device.type == "cpu" and x.dtype.itemsize < 4
+    return folds_scale(x) or sums_in_low or x.shape[0] * x.shape[1] >= 16 * x.shape[2]
 
 
 def choose_passes(x):
