@@ -234,8 +234,7 @@ def find_labels(images, args):
 
 def write_validation_list(images, args):
     """validation.csv: path and labels of the images that --val_fraction holds out."""
-    text, columns = io.StringIO(), split_columns(args.label_column)
-    titles = columns if len(columns) > 1 else ["label"]
+    text, titles = io.StringIO(), split_columns(args.label_column)
     labels = (images.class_names[label].split(sources.SEPARATOR, len(titles) - 1) for label in images.targets)
     rows = ((os.path.abspath(images.name(i)), *cells) for i, cells in enumerate(labels))
     csv.writer(text).writerows([("path", *titles), *rows])

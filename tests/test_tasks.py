@@ -295,9 +295,10 @@ def test_labels_in_tables_may_be_lists_and_answers(tmp_path, ending):
     assert (task.names, task.mean) == (["sizes0", "sizes1"], [1.375, 2.25])
 
 
-def test_a_part_of_numbers_is_held_out_and_its_list_can_be_read(table, tmp_path):
+@pytest.mark.parametrize("columns", ["weight,age", "age"])
+def test_a_part_of_numbers_is_held_out_and_its_list_can_be_read(table, tmp_path, columns):
     """Each number occurs once: nothing could be held out of each class."""
-    flags = ["--label_column", "weight,age", "--loss", "mse", "--val_fraction", 0.25, "--output_dir", tmp_path]
+    flags = ["--label_column", columns, "--loss", "mse", "--val_fraction", 0.25, "--output_dir", tmp_path]
     train, held_out, task = build_labelled_sets(build_args(table, *flags))
     assert (len(train.targets), len(held_out.targets)) == (12, 4)  # of the 16 of train
     for path in (["--eval_data_path", tmp_path / "validation.csv"], flags[4:6]):
