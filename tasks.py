@@ -118,7 +118,7 @@ class MultiLabelEvaluation(Evaluation):
         """loss; in per cent: mAP and macro F1, means over the classes that occur, and micro F1, of all answers."""
         occurs, answers = self.columns["images"] > 0, self.predicted.sum() + self.targets.sum()
         mean_ap, macro = (100 * self.columns[name][occurs].mean().item() for name in ("average_precision", "f1"))
-        micro = 200 * ((self.predicted & self.targets).sum() / answers).nan_to_num().item()
+        micro = 200 * ((self.predicted & self.targets).sum().double() / answers).nan_to_num().item()
         return {"loss": self.loss, "mAP": mean_ap, "f1_macro": macro, "f1_micro": micro}
 
     def describe(self):
@@ -203,6 +203,9 @@ class Task:
     @classmethod
     def check_args(cls, args):
         """Raise UserError for flags that do not fit."""
+        if args.class_weights and args.shuffle == "balanced":
+            problem = "each balances the classes, both favor the small ones; leave one of them out"
+            raise UserError(f"--class_weights {args.class_weights} --shuffle balanced: {problem}")
         if not cls.one_class and (args.images_per_class or args.shuffle == "balanced"):
             flag = f"images_per_class {args.images_per_class}" if args.images_per_class else "shuffle balanced"
             raise UserError(f"--{flag}: not for {cls.kind}, where an image is not of one class; leave it out")
