@@ -22,7 +22,7 @@ def add_loss_args(parser):
     add = parser.add_argument_group("task and loss").add_argument
     losses = "ce: cross-entropy, one class an image; bce: binary cross-entropy of each class, also of several an image"
     losses += f", as in cat{SEPARATOR}dog; mse, l1: regression, mean squared or absolute error"
-    add("--loss", default="ce", choices=LOSSES, help=losses)
+    add("--loss", default="ce", choices=find_losses(), help=losses)
     add("--smoothing", default=0.1, type=fraction_below_1, help="label smoothing of classes")
     balanced = "balanced: weigh each class in the loss by images / (classes x images of the class); None: all alike"
     add("--class_weights", choices=("balanced",), help=balanced)
@@ -475,7 +475,11 @@ class Regression(Task):
 
 
 TASKS = (MultiLabel, Regression, Classification)  # the first that fits
-LOSSES = tuple(dict.fromkeys(loss for task in reversed(TASKS) for loss in task.losses))
+
+
+def find_losses():
+    """The choices of --loss."""
+    return list(dict.fromkeys(loss for task in reversed(TASKS) for loss in task.losses))
 
 
 def possible_tasks(loss):
