@@ -433,8 +433,10 @@ def test_a_task_is_learned(finetune, narrow, table, tmp_path, name, metric, leas
 
 
 def test_an_evaluation_repeats_the_training_by_the_checkpoint_alone(run, finetune, table):
-    _, _, output = run
+    name, _, output = run
     result = finetune(*TINY, "--data_path", table, "--eval", "--resume", output / "checkpoint-1.pth")
+    column = TASKS[name].split()[1]
+    assert f"--label_column {column}, as in the training of {output}/checkpoint-1.pth" in result.out
     evaluated = [text for text in result.out.splitlines() if text.startswith("evaluation: ")]
     assert result.status == 0 and evaluated == re.findall("evaluation: .*", (output / "stdout.txt").read_text())[-1:]
 
