@@ -671,7 +671,7 @@ def write_list(tmp_path, text, name="a.csv"):
         ("path,a,b\na.png,0,1\n", "--label_column a,b,a --loss mse", "--label_column a,b,a: has a more than once"),
         ("path,label\na.png,0\nb.png\n", "", "image 2 of the list has 1 of 2 columns"),
         ("path,label,split\na.png,0,test\n", "", "no image of train among the splits test"),
-        ("path,label\na.png,0\nb.png,\n", "--disable_eval", "b.png has no label"),
+        ("path,label\na.png,0\nb.png,\n", "--disable_eval", r"b.png has no label \(--label_column label\)"),
         ("path,label\na.png,0\n", "--disable_eval", "none of the first 1 images can be read: .*a.png"),
         ("", "", "no column 'path'"),
         ("path,label\n", "", "no image there"),

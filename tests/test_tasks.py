@@ -540,7 +540,7 @@ def test_a_head_of_the_same_task_is_kept(trained, finetune, table, tmp_path):
         ("--label_column age --loss mse --nb_classes 5", "--nb_classes 5: the data has 1"),
         ("--class_weights some", "invalid choice: 'some'"),
         ("--label_column red --class_weights balanced --shuffle balanced", "balanced: each balances the classes"),
-        ("--label_column empty --loss mse --data_path odd", "1.png has no label"),
+        ("--label_column empty --loss mse --data_path odd", "1.png has no label (--label_column empty)"),
         ("--label_column missing --loss mse --data_path odd", "label nan: must be a number"),
         ("--label_column same --loss mse --data_path odd", "same is 3 in all images"),
     ],
