@@ -270,13 +270,13 @@ def load_checkpoint(path):
     Raises UserError; DamagedCheckpoint for a file whose content is not what was written; TrainingError for an error of
     the disk or network, after which the file may be whole.
     """
-    if not files.is_torch_file(path):
-        with utils.name_in_errors(path):
-            return files.read_other_file(path)
     try:
+        if not files.is_torch_file(path):
+            with utils.name_in_errors(path):
+                return files.read_other_file(path)
         open(path, "rb").close()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror or error}") from None
     is_archive = zipfile.is_zipfile(path)
     try:
         if is_archive:

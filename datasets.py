@@ -27,20 +27,21 @@ from checkpoints import write_whole
 from flags import Switch, at_least, fraction
 from image_sets import build_images, check_color_mode, first_of_each_class, split_validation
 from images import RandomCrop, check_resized, decode, statistics_of, to_tensor, try_open
-from samplers import BLOCK, ORDERS, WINDOW, BalancedSampler, EpochSampler
+from samplers import BLOCK, WINDOW, BalancedSampler, EpochSampler
 from tables import split_columns
 from utils import TrainingError, UserError
 
 
-def add_loader_args(parser, labelled=False):
-    """The flags of loaders. labelled: of images with classes, which an order can balance."""
+def add_loader_args(parser, orders=()):
+    """The flags of loaders. orders: those of --shuffle, of a training."""
     add = parser.add_argument_group("loader").add_argument
     add("--num_workers", default=10, type=at_least(0), help="loader processes, at most one per core; 0: none")
     add("--pin_mem", action=Switch, default=True, help="page-locked batches, which copy to a GPU faster")
     blocks = f"blocks: shuffle {WINDOW} blocks of {BLOCK} neighboring samples at a time, for archives on slow disks"
-    orders = tuple(ORDERS) if labelled else ("full", "blocks")
-    balanced = "; balanced: every class equally often, images of small classes several times" if labelled else ""
-    add("--shuffle", default="full", choices=orders, help=f"order of an epoch; {blocks}{balanced}")
+    balanced = "; balanced: every class equally often, images of small classes several times"
+    if orders:
+        order = f"order of an epoch; {blocks}{balanced if 'balanced' in orders else ''}"
+        add("--shuffle", default="full", choices=orders, help=order)
     stalled = "seconds to wait for a batch before the run stops and names the files being read; 0: no limit"
     add("--data_timeout", default=900, type=at_least(0), help=stalled)
     add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
@@ -57,19 +58,13 @@ def add_unlabelled_args(parser):
     add_image_args(add)
 
 
-def add_image_args(add):
-    """The flags of images for any training."""
+def add_image_args(add, statistics="ImageNet's"):
+    """The flags of images for any training. statistics: in words, those without --mean and --std."""
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     add_pixel_range_arg(add)
-    of_each = "of each channel in [0, 1], as python -m tools.statistics prints it; None:"
-    add("--mean", nargs="+", type=fraction, metavar="VALUE", help=f"mean {of_each} ImageNet's")
-    add(
-        "--std",
-        nargs="+",
-        type=flags.fraction_above_0,
-        metavar="VALUE",
-        help=f"standard deviation {of_each} ImageNet's",
-    )
+    of_each = f"of each channel in [0, 1], as python -m tools.statistics prints it; None: {statistics}"
+    add("--mean", nargs="+", type=fraction, metavar="VALUE", help=f"mean {of_each}")
+    add("--std", nargs="+", type=flags.fraction_above_0, metavar="VALUE", help=f"standard deviation {of_each}")
     add_source_args(add)
 
 
@@ -127,7 +122,8 @@ def add_labelled_args(parser):
     add("--data_set", default="IMNET", choices=data_sets, help=meaning)
     add("--data_path", metavar="FOLDER", help="images; CIFAR is downloaded into it if missing")
     add("--eval_data_path", metavar="FOLDER", help="class folders to evaluate; None: val/ of --data_path")
-    held_out = "fraction of each class of --data_path to hold out for evaluation, drawn by --seed; 0: evaluate val/"
+    held_out = "fraction of --data_path, of each class where an image has one, to hold out for evaluation, drawn by"
+    held_out += " --seed; 0: evaluate val/"
     add("--val_fraction", default=0.0, type=flags.fraction_below_1, help=held_out)
     add("--nb_classes", type=at_least(1), help="expected number of classes; None: as many as the data has")
     add("--images_per_class", default=0, type=at_least(0), help="train on the first of each class only; 0: on all")
@@ -136,7 +132,7 @@ def add_labelled_args(parser):
     center = "size of the center crop that is evaluated, as a fraction of the resized image; None: 0.875, and no crop"
     center += " for images of at most 32 or at least 384 pixels"
     add("--crop_pct", type=flags.fraction_above_0, help=center)
-    add_image_args(add)
+    add_image_args(add, "the checkpoint's with --finetune or --eval, else ImageNet's")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", type=fraction, help="strength, only with --aa none; None: no jitter")
@@ -234,8 +230,7 @@ def find_labels(images, args):
 
 def write_validation_list(images, args):
     """validation.csv: path and labels of the images that --val_fraction holds out."""
-    text, columns = io.StringIO(), split_columns(args.label_column)
-    titles = columns if len(columns) > 1 else ["label"]
+    text, titles = io.StringIO(), split_columns(args.label_column)
     labels = (images.class_names[label].split(sources.SEPARATOR, len(titles) - 1) for label in images.targets)
     rows = ((os.path.abspath(images.name(i)), *cells) for i, cells in enumerate(labels))
     csv.writer(text).writerows([("path", *titles), *rows])

@@ -467,8 +467,8 @@ class StopOnSignal(Hook):
 
     The signal is only noted; the step under way is finished first, so nothing is cut short, however many signals come;
     but a second Ctrl-C ends the process at once. Ranks agree every `PATIENCE` seconds or so, not every step. A process
-    that waits for a batch does not go on waiting: it saves the steps that are done, at once if it is alone; one of
-    several ranks after `GRACE` seconds, without the others, who may wait for it. Raises `utils.Stopped`.
+    that waits for a batch does not go on waiting: it saves the steps that are done, at once if it is alone and waits
+    already, else after `GRACE` seconds, without the other ranks, who may wait for it. Raises `utils.Stopped`.
     """
 
     PATIENCE, GRACE = 2.0, 10.0
@@ -487,12 +487,13 @@ class StopOnSignal(Hook):
 
     def note(self, signum, frame):
         if self.received == signum == signal.SIGINT:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise KeyboardInterrupt
         first, self.received = not self.received, self.received or signum
-        if first and dist.is_initialized():
+        if first:
             signal.signal(signal.SIGALRM, lambda *_: self.stop_waiting(self.GRACE))
-            signal.setitimer(signal.ITIMER_REAL, self.GRACE, 1)
-        elif first:
+            signal.setitimer(signal.ITIMER_REAL, self.GRACE, self.GRACE / 10)
+        if first and not dist.is_initialized():
             self.stop_waiting(0)
 
     def stop_waiting(self, seconds):

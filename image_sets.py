@@ -78,7 +78,8 @@ class ClassFolders(ImageFolder):
             name = index.path_in_part(0)
             beside = "lies beside the class folders; give one folder a class"
             if self.source.files:
-                beside = f"has no label; give it one, with --loss bce {sources.SEPARATOR} for none of the classes"
+                beside = f"has no label (--label_column {options.label_column}); give it one, with --loss bce"
+                beside += f" {sources.SEPARATOR} for none of the classes"
             raise UserError(f"{self.source}: {name} {beside}")
         for names in index.meta["same"]:
             raise UserError(f"{self.source}: the classes {' and '.join(names)} are one folder; keep one of them")

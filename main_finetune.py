@@ -28,6 +28,7 @@ from images import find_statistics, statistics_of
 from models import convnextv2
 from models.weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
 from run import Run, add_watch_args, check_watch_args, log_configuration, train
+from samplers import ORDERS
 from utils import UserError, log
 
 
@@ -52,7 +53,7 @@ def get_args_parser():
     optim_factory.add_optimizer_args(parser)
     datasets.add_labelled_args(parser)
     engine_finetune.add_batch_args(parser)
-    datasets.add_loader_args(parser, labelled=True)
+    datasets.add_loader_args(parser, tuple(ORDERS))
     flags.add_machine_args(parser)
     checkpoints.add_output_args(parser)
     hooks.add_log_args(parser)
@@ -237,6 +238,8 @@ def adopt_training_flags(args, checkpoint, path, model):
             raise UserError(f"--{name} {given}: {path} has {trained}; leave the flag out")
         if given != trained:
             log(f"NOTE: --{name} {given} differs from the training of {path}: {trained}")
+    if adopted.get("label_column", args.label_column) != args.label_column:
+        log(f"--label_column {adopted['label_column']}, as in the training of {path}")
     args = adopt_statistics(args.replace(**adopted), checkpoint, path)
     check_data_args(args)
     return args

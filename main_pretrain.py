@@ -41,7 +41,7 @@ def get_args_parser():
     add("--sparse_backend", default="packed", choices=backends, help="plain PyTorch, or MinkowskiEngine")
 
     datasets.add_unlabelled_args(parser)
-    datasets.add_loader_args(parser)
+    datasets.add_loader_args(parser, ("full", "blocks"))
 
     add = parser.add_argument_group("pictures and probes").add_argument
     add("--picture_freq", default=10, type=at_least(0), help="epochs between pictures of reconstructions; 0: none")

@@ -58,7 +58,9 @@ def find_label_columns(source, titles, options):
         return list(filter(None, [find_column(source, titles, options, "label")]))
     for title in columns:
         if title not in titles:
-            raise UserError(f"--label_column {title}: {source} has the columns {', '.join(titles)}")
+            raise UserError(f"--label_column {title or repr('')}: {source} has the columns {', '.join(titles)}")
+        if columns.count(title) > 1:
+            raise UserError(f"--label_column {options.label_column}: has {title} more than once; give each column once")
     return columns
 
 
@@ -200,11 +202,13 @@ def read_arrays(source):
                 if names is None:
                     raise ValueError(f"has the arrays {', '.join(file)}; must have {' or '.join(p[0] for p in pairs)}")
                 images, labels = file[names[0]], file[names[1]] if names[1] in file else None
-        labels = None if labels is None else labels.reshape(-1)
-        fits = labels is None or len(labels) == len(images) and labels.dtype.kind in "iu"
+        n = images.shape[:1]
+        fits = labels is None or labels.dtype.kind in "iu" and labels.shape in (n, (*n, 1))
         if images.ndim not in (3, 4) or not fits:
-            shapes = f"images {images.shape} and labels {None if labels is None else labels.shape}"
-            raise ValueError(f"{shapes}: must be (n, height, width) or (n, height, width, channels) and (n,)")
+            found = f"images {images.shape} and labels {None if labels is None else f'{labels.dtype} {labels.shape}'}"
+            accepted = "(n, height, width) or (n, height, width, channels), and whole numbers (n,); others in a list"
+            raise ValueError(f"{found}: must be {accepted}")
+        labels = None if labels is None else labels.reshape(-1)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: {error}") from None
     return images, labels

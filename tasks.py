@@ -22,7 +22,7 @@ def add_loss_args(parser):
     add = parser.add_argument_group("task and loss").add_argument
     losses = "ce: cross-entropy, one class an image; bce: binary cross-entropy of each class, also of several an image"
     losses += f", as in cat{SEPARATOR}dog; mse, l1: regression, mean squared or absolute error"
-    add("--loss", default="ce", choices=LOSSES, help=losses)
+    add("--loss", default="ce", choices=find_losses(), help=losses)
     add("--smoothing", default=0.1, type=fraction_below_1, help="label smoothing of classes")
     balanced = "balanced: weigh each class in the loss by images / (classes x images of the class); None: all alike"
     add("--class_weights", choices=("balanced",), help=balanced)
@@ -118,7 +118,7 @@ class MultiLabelEvaluation(Evaluation):
         """loss; in per cent: mAP and macro F1, means over the classes that occur, and micro F1, of all answers."""
         occurs, answers = self.columns["images"] > 0, self.predicted.sum() + self.targets.sum()
         mean_ap, macro = (100 * self.columns[name][occurs].mean().item() for name in ("average_precision", "f1"))
-        micro = 200 * ((self.predicted & self.targets).sum() / answers).nan_to_num().item()
+        micro = 200 * ((self.predicted & self.targets).sum().double() / answers).nan_to_num().item()
         return {"loss": self.loss, "mAP": mean_ap, "f1_macro": macro, "f1_micro": micro}
 
     def describe(self):
@@ -203,6 +203,9 @@ class Task:
     @classmethod
     def check_args(cls, args):
         """Raise UserError for flags that do not fit."""
+        if args.class_weights and args.shuffle == "balanced":
+            problem = "each balances the classes, both favor the small ones; leave one of them out"
+            raise UserError(f"--class_weights {args.class_weights} --shuffle balanced: {problem}")
         if not cls.one_class and (args.images_per_class or args.shuffle == "balanced"):
             flag = f"images_per_class {args.images_per_class}" if args.images_per_class else "shuffle balanced"
             raise UserError(f"--{flag}: not for {cls.kind}, where an image is not of one class; leave it out")
@@ -472,7 +475,11 @@ class Regression(Task):
 
 
 TASKS = (MultiLabel, Regression, Classification)  # the first that fits
-LOSSES = tuple(dict.fromkeys(loss for task in reversed(TASKS) for loss in task.losses))
+
+
+def find_losses():
+    """The choices of --loss."""
+    return list(dict.fromkeys(loss for task in reversed(TASKS) for loss in task.losses))
 
 
 def possible_tasks(loss):

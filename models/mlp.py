@@ -166,8 +166,11 @@ def folds_scale(x):
 
 
 def folds_affine(x):
-    """Whether the batch x (N, S, C) is so large for the weights that passes over them cost less than over its rows."""
-    return folds_scale(x) or x.shape[0] * x.shape[1] >= 16 * x.shape[2]
+    """Whether the batch x (N, S, C) is so large for the weights that passes over them cost less than over its rows.
+
+    And in low precision, in which torch's layer norm would give, on the CPU even sum, the gradients of w and v.
+    """
+    return folds_scale(x) or x.dtype.itemsize < 4 or x.shape[0] * x.shape[1] >= 16 * x.shape[2]
 
 
 def choose_passes(x):

@@ -38,7 +38,7 @@ def flags(text="", add=datasets.add_labelled_args, **values):
     parser = FlagParser()
     add_model_args(parser, ["convnextv2_atto"])
     parser.add_argument("--batch_size", default=4, type=int)
-    datasets.add_loader_args(parser)
+    datasets.add_loader_args(parser, ("full", "blocks", "balanced"))
     engine_finetune.add_batch_args(parser)
     add(parser)
     return argparse.Namespace(**vars(parser.parse_args(text.split())) | dict(update_freq=1, seed=0, loss="ce") | values)

@@ -300,6 +300,7 @@ def test_onnx_of_more_than_2_gb_is_refused_before_long_work(monkeypatch):
     [
         ("a.safetensors", b"no safetensors", "not a whole safetensors file"),
         ("folder/config.json", b"{}", "model_type None: must be convnextv2"),
+        ("folder/config.json", b'{"model_type": "convnextv2"}', "No such file or directory: "),
         ("folder/other", b"", "a folder without config.json"),
     ],
 )

@@ -288,6 +288,20 @@ def test_small_changes_of_gamma_count_in_low_precision(shape):
     assert F.cosine_similarity(change.flatten(), expected.flatten(), 0) > 0.3
 
 
+def test_gradients_of_the_norm_are_not_summed_in_low_precision():
+    block, x = convnextv2.Block(64), torch.randn(8, 7, 7, 64)
+    rows = torch.randn(8, 7, 7, 64)
+
+    def gradients(dtype, autocast):
+        inputs = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = block.to(dtype).mlp(inputs)
+        return torch.cat(torch.autograd.grad(out, [block.norm.weight, block.norm.bias], rows.to(out)))
+
+    low, exact = gradients(torch.float32, True).double(), gradients(torch.float64, False)
+    assert (low - exact).norm() < 0.01 * exact.norm()
+
+
 def test_parameters_are_folded_into_weights_only_where_that_saves_passes():
     rows = [torch.empty(images, sites, 2) for images, sites in ((3, 10), (4, 8), (4, 15), (1, 16))]
     assert [(mlp.folds_affine(x), mlp.folds_scale(x)) for x in rows] == [(0, 0), (1, 0), (1, 0), (1, 1)]

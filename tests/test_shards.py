@@ -667,9 +667,11 @@ def write_list(tmp_path, text, name="a.csv"):
     [
         ("file,label\na.png,0\n", "", r"no column 'path' among \['file', 'label'\]; give --path_column"),
         ("path,label\na.png,0\n", "--label_column kind", "--label_column kind: .* has the columns path, label"),
+        ("path,label\na.png,0\n", "--label_column label,", "--label_column '': .* has the columns path, label"),
+        ("path,a,b\na.png,0,1\n", "--label_column a,b,a --loss mse", "--label_column a,b,a: has a more than once"),
         ("path,label\na.png,0\nb.png\n", "", "image 2 of the list has 1 of 2 columns"),
         ("path,label,split\na.png,0,test\n", "", "no image of train among the splits test"),
-        ("path,label\na.png,0\nb.png,\n", "--disable_eval", "b.png has no label"),
+        ("path,label\na.png,0\nb.png,\n", "--disable_eval", r"b.png has no label \(--label_column label\)"),
         ("path,label\na.png,0\n", "--disable_eval", "none of the first 1 images can be read: .*a.png"),
         ("", "", "no column 'path'"),
         ("path,label\n", "", "no image there"),
@@ -727,10 +729,23 @@ def test_pyarrow_is_asked_for_where_it_is_missing(all_formats, monkeypatch):
         build_images("image_folder", all_formats / "parquet_files", "train", 3)
 
 
-@pytest.mark.parametrize("arrays", [{"pictures": np.zeros((2, 4, 4))}, {"images": np.zeros((2, 4))}])
-def test_arrays_of_other_names_or_shapes_are_refused(tmp_path, arrays):
+IMAGES = np.zeros((4, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pictures": IMAGES}, "has the arrays pictures; must have"),
+        ({"images": IMAGES[0]}, r"images \(8, 8\)"),
+        ({"images": IMAGES, "labels": np.zeros(4, "f4")}, r"labels float32 \(4,\): must be .* whole numbers \(n,\)"),
+        ({"images": IMAGES, "labels": np.zeros((4, 2), int)}, r"labels int64 \(4, 2\): must be"),
+        ({"images": IMAGES, "labels": np.zeros((2, 2), int)}, r"labels int64 \(2, 2\): must be"),
+        ({"images": IMAGES, "labels": np.zeros((), int)}, r"labels int64 \(\): must be"),
+    ],
+)
+def test_arrays_of_other_names_shapes_or_dtypes_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(UserError, match=r"a.npz: (has the arrays pictures; must have|images \(2, 4\))"):
+    with pytest.raises(UserError, match=f"a.npz: .*{message}"):
         build_images("image_folder", tmp_path / "a.npz", "train", 3)
 
 

@@ -22,6 +22,7 @@ import index
 import main_finetune
 import utils
 from datasets import Loader
+from run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -255,6 +256,21 @@ STALLING = [*SMALL, "--batch_size", 2, "--num_workers", 1, "--epochs", 9, "--war
 def test_a_signal_is_heard_while_an_image_stalls(workers, stalling_images, pretrain, tmp_path, monkeypatch):
     stall_after_a_step(stalling_images, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     check_that_all_steps_are_saved(pretrain, stalling_images, tmp_path, "--num_workers", workers)
+
+
+def test_a_signal_is_heard_if_the_step_under_way_stalls_after_it(small, pretrain, tmp_path, monkeypatch):
+    add_losses = Run.add_losses
+
+    def stall_and_stop(run, losses):
+        add_losses(run, losses)
+        if run.step == 1:
+            monkeypatch.setattr(index, "read_file", lambda path: time.sleep(0.5))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "add_losses", stall_and_stop)
+    monkeypatch.setattr(hooks.StopOnSignal, "GRACE", 0.1)
+    result = pretrain(*small, "--batch_size", 2, "--update_freq", 2, "--output_dir", tmp_path)
+    assert result.status == 75 and [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint-0-1.pth"]
 
 
 def test_a_rank_does_not_wait_for_a_stalled_image_nor_for_the_others(stalling_images, pretrain, tmp_path, monkeypatch):

@@ -129,13 +129,16 @@ def test_statistics_of_the_training_part_of_any_data_set(tool, labelled_folder, 
     printed = read_flags(tool("statistics", "--data_path", labelled_folder, "--num_workers", 0).out.splitlines()[-1])
     assert np.allclose(printed["mean"], expected.mean((0, 1, 2)), rtol=1e-5)
     assert np.allclose(printed["std"], expected.std((0, 1, 2)), rtol=1e-5)
-    folder = ["--data_path", labelled_folder / "train", "--val_fraction", 0.5, "--num_workers", 0]
-    held_out = tool("statistics", *folder).out.splitlines()
-    args = main_finetune.get_args_parser().parse_args([*map(str, folder), "--model", "convnextv2_atto"])
-    chosen = datasets.build_labelled_images(True, args)
-    expected = pixels(chosen.name(i) for i in range(len(chosen)))
-    assert held_out[0] == f"{len(chosen)} images:" and 5 < len(chosen) < 15
-    assert np.allclose(read_flags(held_out[1])["mean"], expected.mean((0, 1, 2)), rtol=1e-5)
+    paths = sorted((labelled_folder / "train").glob("*/*.png"))
+    (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{path},{i}\n" for i, path in enumerate(paths)))
+    for part in (["--data_path", labelled_folder / "train"], ["--data_path", tmp_path / "a.csv", "--loss", "mse"]):
+        part += ["--val_fraction", 0.5, "--num_workers", 0]
+        held_out = tool("statistics", *part).out.splitlines()
+        args = main_finetune.get_args_parser().parse_args([*map(str, part), "--model", "convnextv2_atto"])
+        chosen = datasets.build_labelled_images(True, args)
+        expected = pixels(chosen.name(i) for i in range(len(chosen)))
+        assert held_out[0] == f"{len(chosen)} images:" and 5 < len(chosen) < 15
+        assert np.allclose(read_flags(held_out[1])["mean"], expected.mean((0, 1, 2)), rtol=1e-5)
 
 
 def test_statistics_log_their_rate(labelled_folder, monkeypatch, capsys):
@@ -155,6 +158,7 @@ def test_statistics_log_their_rate(labelled_folder, monkeypatch, capsys):
         ("--data_path FOLDER --pixel_range 2 1", "--pixel_range 2 1: give the smaller first"),
         ("--data_path FOLDER", "--data_path: channel 1 is 0.0588235 in all pixels: leave it out"),
         ("--data_path FOLDER --in_chans 5", "none of the first 1 images can be read"),
+        ("--data_path FOLDER --shuffle blocks", "unrecognized arguments: --shuffle"),  # no effect there
     ],
 )
 def test_mistakes_in_statistics_are_one_line(tool, tmp_path, flags, words):

@@ -31,7 +31,7 @@ def get_args_parser():
     datasets.add_source_args(add)
     add("--val_fraction", default=0.0, type=flags.fraction_below_1, help="fraction of each class that is not measured")
     loss = "as of a training: by it, --val_fraction is of each class or of all images"
-    add("--loss", default="ce", choices=tasks.LOSSES, help=loss)
+    add("--loss", default="ce", choices=tasks.find_losses(), help=loss)
     add("--seed", default=0, type=int, help="by which --val_fraction is drawn")
     add("--batch_size", default=16, type=flags.at_least(1), help="images that a worker measures at a time")
     datasets.add_loader_args(parser)
