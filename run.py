@@ -1,6 +1,7 @@
 """Where a run stands: its position, means and best values; the hooks that observe it; the epoch loop."""
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -194,7 +195,7 @@ class Run:
         for index, values in enumerate(losses.tolist()):
             if not math.isfinite(values[0]):
                 batch = self.step * self.args.update_freq - len(losses) + index
-                report_nonfinite_loss(self, values[0], batch, is_local=not local[index, 0].isfinite())
+                report_nonfinite_loss(self, values[0], batch, not local[index, 0].isfinite(), alone)
             # one by one, so that the sum over an epoch does not depend on how often losses are read
             for means in (self.lap_means, self.epoch_means):
                 means.add(dict(zip(names, values, strict=True)))
@@ -292,12 +293,16 @@ def write_names(folder, names):
     return f" (all in {path})"
 
 
-def report_nonfinite_loss(run, loss, batch, is_local):
-    """Raise TrainingError, naming the images of a batch. is_local: whether the loss of this rank is not finite."""
+def report_nonfinite_loss(run, loss, batch, is_local, alone):
+    """Raise TrainingError, naming the images of a batch. is_local: whether the loss of this rank is not finite.
+
+    alone: without the other ranks.
+    """
     names = [run.images.name(index) for index in run.sampler.batch_indices(run.epoch, batch)] if is_local else []
-    names = sum(utils.all_gather(names), [])
+    names = names if alone else sum(utils.all_gather(names), [])
     examples = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    examples += utils.on_main_rank(lambda: write_names(run.args.output_dir, names))
+    write = functools.partial(write_names, run.args.output_dir, names)
+    examples += write() if alone else utils.on_main_rank(write)
     raise TrainingError(
         f"loss is {loss} in epoch {run.epoch}, step {batch // run.args.update_freq + 1} of {run.steps_per_epoch}: "
         f"stopped. {run.describe_last_checkpoint()}Try a lower --blr, or --amp_dtype bfloat16. Batch: {examples}"

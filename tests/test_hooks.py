@@ -464,3 +464,15 @@ def test_a_run_whose_hooks_have_workers_of_their_own_ends(small, labelled_folder
     """Python would end what something still holds by SIGTERM, which the workers ignore."""
     probes = ["--probe_freq", 1, "--probe_data_path", labelled_folder, "--num_workers", 1]
     finish(Fork(main_pretrain, [*small, "--epochs", 1, "--picture_freq", 0, *probes]))
+
+
+def test_a_rank_that_leaves_alone_reports_a_loss_without_the_others(run, monkeypatch):
+    def wait(value):
+        raise AssertionError("the others may never come")
+
+    monkeypatch.setattr(utils, "all_gather", wait)
+    monkeypatch.setattr(utils, "on_main_rank", wait)
+    run.add_losses({"loss": torch.tensor(torch.inf)})
+    run.images, run.sampler = types.SimpleNamespace(name=str), types.SimpleNamespace(batch_indices=lambda *_: [7, 8])
+    with pytest.raises(utils.TrainingError, match="loss is inf in epoch 0, step .* Batch: 7, 8$"):
+        run.read_losses(alone=True)
