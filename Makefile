@@ -15,7 +15,7 @@ $(VENV)/ready: requirements.txt
 $(VENV)/ready-to-test: $(VENV)/ready
 	$(BIN)/pip install --quiet pytest pytest-xdist ruff safetensors matplotlib \
 	    peft torch-pruning fvcore thop torchao pyarrow tifffile webdataset datasets "setuptools>=77" transformers \
-	    segmentation_models_pytorch onnx onnxruntime onnxscript pycocotools
+	    segmentation_models_pytorch onnx onnxruntime onnxscript pycocotools scikit-image
 	touch $@
 
 PRETRAIN = $(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import flags
@@ -51,7 +52,10 @@ def build_encoder(args):
 
 
 class Scales(nn.Module):
-    """Images (N, 3, H, W) -> the encoder's four scales, each with a norm of its own, as ConvNeXt's detectors have."""
+    """Images (N, 3, H, W) -> {"1": (N, C, h, w), ..., "4": ...}, the encoder's four scales.
+
+    Each has a norm of its own, as ConvNeXt's detectors have.
+    """
 
     def __init__(self, encoder):
         super().__init__()
@@ -59,7 +63,8 @@ class Scales(nn.Module):
         self.norms = nn.ModuleList(LayerNorm(dim, data_format="channels_first") for dim in encoder.dims)
 
     def forward(self, imgs):
-        return [norm(x) for norm, x in zip(self.norms, self.encoder.feature_maps(imgs), strict=True)]
+        maps = zip("1234", self.norms, self.encoder.feature_maps(imgs), strict=True)
+        return {scale: norm(x) for scale, norm, x in maps}
 
 
 def build_optimizer(args, model):
@@ -82,6 +87,15 @@ def list_files(folder, ending="*"):
     if not paths:
         raise UserError(f"--data_path: no file {folder}/{ending}")
     return paths
+
+
+def read_image(path, mode=None):
+    """Pixels (H, W) or (H, W, C) of a file, in a mode of Pillow. Raises UserError if it cannot be read."""
+    try:
+        image = Image.open(path)
+        return np.array(image.convert(mode) if mode else image)
+    except OSError as error:
+        raise UserError(f"--data_path: {path}: {error}") from None
 
 
 def train(args, model, count, compute_loss, evaluate):

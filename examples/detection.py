@@ -17,53 +17,33 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 import flags
-from examples.common import Scales, add_training_args, build_encoder, train
+from examples.common import Scales, add_training_args, build_encoder, read_image, train
 from utils import UserError
 
 
-class Backbone(nn.Module):
-    """Images (N, 3, H, W) -> {scale: (N, 64, h, w)}: the encoder's four scales and a fifth, by a feature pyramid."""
-
-    out_channels = 64
-
-    def __init__(self, encoder):
-        super().__init__()
-        from torchvision.ops import FeaturePyramidNetwork
-        from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-
-        self.scales = Scales(encoder)
-        self.fpn = FeaturePyramidNetwork(encoder.dims, self.out_channels, LastLevelMaxPool())
-
-    def forward(self, imgs):
-        return self.fpn(dict(zip("1234", self.scales(imgs), strict=True)))
-
-
 def build_model(args, num_classes):
-    """torchvision's detector with anchors from 16 pixels on, and narrow heads: for COCO widen them to 256 and 1024."""
-    from torchvision.models.detection import FasterRCNN, MaskRCNN
-    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-    from torchvision.models.detection.rpn import AnchorGenerator
+    """torchvision's detector with anchors from 16 pixels on, and narrow: for COCO 256 channels and a width of 1024."""
+    from torchvision.models.detection import faster_rcnn, mask_rcnn, rpn
+    from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-    encoder = build_encoder(args)
-    backbone, width, (mean, std) = Backbone(encoder), 256, encoder.statistics
-    build, masks = FasterRCNN, {}
+    encoder, channels, width = build_encoder(args), 64, 256
+    backbone = nn.Sequential(Scales(encoder), FeaturePyramidNetwork(encoder.dims, channels, LastLevelMaxPool()))
+    backbone.out_channels = channels  # of each of the five scales, for torchvision
+    (mean, std), build, masks = encoder.statistics, faster_rcnn.FasterRCNN, {}
     if args.masks:
-        head, predictor = MaskRCNNHeads(backbone.out_channels, (64, 64), 1), MaskRCNNPredictor(64, 64, num_classes)
-        build, masks = MaskRCNN, dict(mask_head=head, mask_predictor=predictor)
-    model = build(
+        build, masks["mask_head"] = mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNHeads(channels, (64, 64), 1)
+        masks["mask_predictor"] = mask_rcnn.MaskRCNNPredictor(64, 64, num_classes)
+    return build(
         backbone, min_size=args.input_size, max_size=2 * args.input_size,
         image_mean=mean, image_std=std,
-        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 5),
+        rpn_anchor_generator=rpn.AnchorGenerator(((16,), (32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 5),
         rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100, box_batch_size_per_image=64,
-        box_head=TwoMLPHead(backbone.out_channels * 7**2, width), box_predictor=FastRCNNPredictor(width, num_classes),
-        **masks,
-    )  # fmt: skip
-    return model.to(args.device)
+        box_head=faster_rcnn.TwoMLPHead(channels * 7**2, width),
+        box_predictor=faster_rcnn.FastRCNNPredictor(width, num_classes), **masks,
+    ).to(args.device)  # fmt: skip
 
 
 class CocoFolder:
@@ -86,22 +66,19 @@ class CocoFolder:
     def image(self, number):
         """(3, H, W) float in [0, 1]."""
         path = f"{self.folder}/images/{self.coco.imgs[self.ids[number]]['file_name']}"
-        try:
-            return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
-        except OSError as error:
-            raise UserError(f"--data_path: {path}: {error}") from None
+        return torch.from_numpy(read_image(path, "RGB")).permute(2, 0, 1) / 255
 
     def target(self, number):
         """torchvision's target: boxes (n, 4) as x1, y1, x2, y2, labels (n,), masks (n, H, W) if asked for."""
-        found = [a for a in self.coco.imgToAnns[self.ids[number]] if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
+        image = self.coco.imgs[self.ids[number]]
+        found = [a for a in self.coco.imgToAnns[image["id"]] if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).view(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 2:] += boxes[:, :2]  # from x, y, width, height
         labels = torch.tensor([1 + self.categories.index(a["category_id"]) for a in found], dtype=torch.long)
         target = {"boxes": boxes, "labels": labels}
         if self.masks:
-            image = self.coco.imgs[self.ids[number]]
-            empty = np.zeros((0, image["height"], image["width"]), np.uint8)
-            target["masks"] = torch.from_numpy(np.stack([self.coco.annToMask(a) for a in found]) if found else empty)
+            masks = np.array([self.coco.annToMask(a) for a in found], np.uint8)
+            target["masks"] = torch.from_numpy(masks).view(len(found), image["height"], image["width"])
         return target
 
 
@@ -126,13 +103,13 @@ def detect(model, data, device):
     results = []
     for number, image_id in enumerate(data.ids):
         (output,) = model([data.image(number).to(device)])
-        output = {name: value.cpu() for name, value in output.items()}
-        boxes = torch.cat([output["boxes"][:, :2], output["boxes"][:, 2:] - output["boxes"][:, :2]], 1).tolist()
-        for i, (box, label, score) in enumerate(zip(boxes, output["labels"].tolist(), output["scores"], strict=True)):
-            result = dict(image_id=image_id, category_id=data.categories[label - 1], bbox=box, score=score.item())
+        output["boxes"][:, 2:] -= output["boxes"][:, :2]  # to x, y, width, height
+        boxes, labels, scores = (output[name].tolist() for name in ("boxes", "labels", "scores"))
+        for i, (box, label, score) in enumerate(zip(boxes, labels, scores, strict=True)):
+            results.append(dict(image_id=image_id, category_id=data.categories[label - 1], bbox=box, score=score))
             if data.masks:
-                result["segmentation"] = encode(np.asfortranarray(output["masks"][i, 0].numpy() > 0.5).view(np.uint8))
-            results.append(result)
+                mask = output["masks"][i, 0].cpu().numpy() > 0.5
+                results[-1]["segmentation"] = encode(np.asfortranarray(mask, np.uint8))
     return results
 
 
@@ -140,12 +117,7 @@ def get_args_parser():
     parser = flags.FlagParser(add_help=False)
     add_training_args(parser, epochs=20, lr=1e-3)
     add = parser.add_argument
-    add(
-        "--input_size",
-        default=128,
-        type=flags.at_least(32),
-        help="shorter side of the images in the network, in pixels",
-    )
+    add("--input_size", default=128, type=flags.at_least(32), help="shorter side of images in the network, in pixels")
     add("--masks", default=False, action=flags.Switch, help="Mask R-CNN instead of Faster R-CNN")
     return parser
 

@@ -14,11 +14,10 @@ Without --encoder the encoder starts at random; --freeze leaves it as it is. Pri
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import flags
-from examples.common import Scales, add_training_args, build_encoder, list_files, train
+from examples.common import Scales, add_training_args, build_encoder, list_files, read_image, train
 from images import normalize
 from utils import UserError
 
@@ -42,7 +41,7 @@ class UNet(nn.Module):
     def forward(self, imgs):
         n, _, height, width = imgs.shape
         nothing = imgs.new_empty(n, 0, height // 2, width // 2)
-        return self.head(self.decoder([imgs, nothing, *self.scales(imgs)]))
+        return self.head(self.decoder([imgs, nothing, *self.scales(imgs).values()]))
 
 
 def load_split(folder):
@@ -52,8 +51,8 @@ def load_split(folder):
         mask = path.parent.parent / "masks" / f"{path.stem}.png"
         if not mask.exists():
             raise UserError(f"--data_path: {path} has no mask {mask}")
-        images.append(np.asarray(Image.open(path).convert("RGB")))
-        masks.append(np.asarray(Image.open(mask)))
+        images.append(read_image(path, "RGB"))
+        masks.append(read_image(mask))
         if images[-1].shape[:2] != masks[-1].shape or images[-1].shape != images[0].shape:
             raise UserError(
                 f"--data_path: {path} and its mask must be of the size of the others, with one class a pixel"

@@ -1,7 +1,11 @@
-"""The examples: scenes in standard layouts, a U-Net and a Mask R-CNN on the encoder; they resume and measure right."""
+"""The examples: scenes and crops in standard layouts, a U-Net and a Mask R-CNN; they resume and measure right.
+
+And the recipes for small data.
+"""
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +13,9 @@ import torch
 from conftest import assert_same_weights, randomise, run_script_here
 from PIL import Image
 
-from examples import detection, scenes, segmentation
+import main_finetune
+import main_pretrain
+from examples import crops, detection, scenes, segmentation
 from examples.common import build_encoder, build_optimizer
 from flags import FlagParser
 from models.fcmae import FCMAE
@@ -140,6 +146,7 @@ def test_a_frozen_encoder_does_not_change(example, tmp_path):
     ("module", "change", "words"),
     [
         (segmentation, lambda folder: (folder / "train/masks/0001.png").unlink(), "0001.png has no mask"),
+        (segmentation, lambda folder: (folder / "val/images/0001.png").write_bytes(b"x"), "0001.png: cannot identify"),
         (segmentation, lambda folder: Image.new("L", (64, 64)).save(folder / "train/masks/0001.png"), "of the size of"),
         (detection, lambda folder: (folder / "val/annotations.json").unlink(), "annotations.json: [Errno 2]"),
         (detection, lambda folder: rename_category(folder / "val/annotations.json"), "must be those of train/"),
@@ -157,3 +164,29 @@ def rename_category(path):
     content = json.loads(path.read_text())
     content["categories"][0]["id"] = 90
     path.write_text(json.dumps(content))
+
+
+def test_crops_for_validation_are_of_parts_that_no_other_crop_has_seen(tmp_path, monkeypatch):
+    position = np.dstack([np.tile(np.arange(400) // 2, (100, 1))] * 3).astype(np.uint8)  # half of the column
+    monkeypatch.setattr(crops, "load_pictures", lambda: {name: Image.fromarray(position) for name in "ab"})
+    arguments = [str(tmp_path), "--unlabelled", "8", "--train", "8", "--val", "8"]
+    crops.main(FlagParser(parents=[crops.get_args_parser()]).parse_args(arguments))
+    seen, held_out = (
+        [np.array(Image.open(path)) for path in tmp_path.glob(f"{name}/*/*.png")] for name in ("train", "val")
+    )
+    seen += [np.array(Image.open(path)) for path in tmp_path.glob("unlabelled/*.png")]
+    assert (len(seen), len(held_out)) == (24, 16) and {pixels.shape for pixels in seen + held_out} == {(64, 64, 3)}
+    assert max(map(np.max, seen)) <= 133 and min(map(np.min, held_out)) >= 132  # the border is at column 266
+
+
+def test_crops_have_seventeen_classes_of_whole_pictures():
+    pictures = crops.load_pictures()
+    assert len(pictures) == 17 and {picture.mode for picture in pictures.values()} == {"RGB"}
+    assert all(picture.width >= 3 * 96 and picture.height >= 96 for picture in pictures.values())
+
+
+@pytest.mark.parametrize("path", sorted(map(str, Path("recipes").glob("small_*.args"))))
+def test_a_recipe_for_small_data_is_accepted(path):
+    script = main_pretrain if path.endswith("_pretrain.args") else main_finetune
+    data = [] if "DIGITS" in Path(path).read_text() else ["--data_path", "none"]
+    script.check_args(FlagParser(parents=[script.get_args_parser()]).parse_args([f"@{path}", *data, "--device", "cpu"]))
