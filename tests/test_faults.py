@@ -231,3 +231,10 @@ def test_the_machine_finds_the_entries_that_matter(trained):
     paths = list(entries(torch.load(trained["pretrain"])))
     for path in (("epoch",), ("args", "input_size"), ("best",), ("optimizer", "param_groups"), ("config", "dims")):
         assert path in paths
+
+
+@pytest.mark.parametrize("groups", [None, {}, torch.zeros(2, 3), [1], [{"params": torch.zeros(2)}]])
+def test_parameter_groups_of_a_wrong_type_are_named_before_they_are_loaded(trained, groups):
+    content = replaced(torch.load(trained["finetune"]), ("optimizer", "param_groups"), groups)
+    with pytest.raises(UserError, match="optimizer is .* must be the state dict of an optimizer"):
+        checkpoints.check_schema(content, "FILE")
