@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .depthwise import depthwise_conv
-from .mlp import can_fuse, fused_mlp
-from .utils import GRN, LayerNorm, Stage, channels_last, init_weights, names_without_decay
+from .depthwise import depthwise_conv, runs_kernel
+from .mlp import can_fuse, fused_mlp, output_bias
+from .utils import GRN, LayerNorm, Stage, channels_last, init_weights, is_plain, names_without_decay
 from .weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
 
 # Appendix A of the paper: blocks and channels of the four stages
@@ -50,10 +50,25 @@ class Block(nn.Module):
             return fused_mlp(x, self.norm, self.pwconv1, self.grn, self.pwconv2)
         return self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(x)))))
 
+    def shortcut_bias(self, x):
+        """The constant (C,) in the MLP, where the convolution's kernel is to add it to the shortcut; else None.
+
+        The MLP's last matrix product then adds the shortcut, which saves passes over memory. x: the block's input.
+        """
+        if runs_kernel(self.dwconv, x) and is_plain(self.drop_path, nn.Identity, x):
+            return output_bias(x, self.norm, self.pwconv1, self.act, self.grn, self.pwconv2)
+        return None
+
+    def add_mlp(self, shortcut, x, bias):
+        """shortcut + the MLP of x, (N, ..., C) each. bias: what of it the shortcut has already, or None."""
+        if bias is None:
+            return shortcut + self.drop_path(self.mlp(x))
+        return fused_mlp(x, self.norm, self.pwconv1, self.grn, self.pwconv2, shortcut)
+
     def forward(self, x):
-        y, x = depthwise_conv(x, self.dwconv)
-        y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return x + self.drop_path(y)
+        bias = self.shortcut_bias(x)
+        y, x = depthwise_conv(x, self.dwconv, bias)
+        return self.add_mlp(x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1), bias).permute(0, 3, 1, 2)
 
 
 def make_drop_path(rate):

@@ -34,8 +34,9 @@ class SparseBlock(Block):
     """`Block` on packed rows: (N, S, C) -> (N, S, C)."""
 
     def forward(self, x, sites):
-        y, x = sparse_depthwise_conv(x, self.dwconv, sites)
-        return x + self.drop_path(self.mlp(y))
+        bias = self.shortcut_bias(x)
+        y, x = sparse_depthwise_conv(x, self.dwconv, sites, bias)
+        return self.add_mlp(x, y, bias)
 
 
 def squares_to_channels(imgs, side):

@@ -26,35 +26,39 @@ def is_depthwise(conv, x):
     )
 
 
-def depthwise_conv(x, conv):
+def runs_kernel(conv, x):
+    """Whether the convolution conv(x) runs in Triton."""
+    return is_depthwise(conv, x) and conv.kernel_size == (7, 7) and runs_in_triton(x)
+
+
+def depthwise_conv(x, conv, shift=None):
     """conv(x) of (N, C, H, W), which should lie in memory channels last; and x, for a shortcut around the layer.
 
     Use that x: where the convolution runs in Triton, one kernel then computes and adds both its gradients.
+    shift: (C,), to be added to the x for the shortcut, which only Triton's kernel does.
     """
-    if is_depthwise(conv, x):
-        if conv.kernel_size == (7, 7) and runs_in_triton(x):
-            from . import kernels  # imports Triton
+    if runs_kernel(conv, x):
+        from . import kernels  # imports Triton
 
-            y, x = kernels.depthwise_conv(x.permute(0, 2, 3, 1), conv.weight, conv.bias)
-            return y.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
-        if x.device.type == "cpu":
-            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), None), x
+        y, x = kernels.depthwise_conv(x.permute(0, 2, 3, 1), conv.weight, conv.bias, shift=shift)
+        return y.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    if is_depthwise(conv, x) and x.device.type == "cpu":
+        return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), None), x
     return conv(x), x
 
 
-def sparse_depthwise_conv(x, conv, sites):
+def sparse_depthwise_conv(x, conv, sites, shift=None):
     """Submanifold sparse convolution, packed rows (N, S, C) -> the same, as if x were zero at masked sites.
 
-    Returns x too, as `depthwise_conv`. Where conv is not plain or not of the block's configuration, it is called on the
-    canvas (N, C, H, W).
+    Returns x too, and takes a shift, as `depthwise_conv`. Where conv is not plain or not of the block's configuration,
+    it is called on the canvas (N, C, H, W).
     """
-    if is_depthwise(conv, x):
-        if conv.kernel_size == (7, 7) and runs_in_triton(x):
-            from . import kernels  # imports Triton
+    if runs_kernel(conv, x):
+        from . import kernels  # imports Triton
 
-            return kernels.depthwise_conv(x, conv.weight, conv.bias, sites.visible, sites.slots)
-        if x.device.type == "cpu":
-            return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), sites), x
+        return kernels.depthwise_conv(x, conv.weight, conv.bias, sites.visible, sites.slots, shift)
+    if is_depthwise(conv, x) and x.device.type == "cpu":
+        return _DepthwiseConvCPU.apply(*cast_as_autocast(x, conv.weight, conv.bias), sites), x
     return pack(conv(unpack(x, sites)), sites), x
 
 

@@ -131,16 +131,23 @@ def _correlate(
 
 @triton.jit(do_not_specialize=BATCH_SIZES[:5])
 def _conv_kernel(
-    x, taps, bias, added, out, visible, slots, num_tiles, tiles_per_program, num_visible, height, width,
+    x, taps, bias, added, shift, out, shifted, partial, visible, slots,
+    num_tiles, tiles_per_program, num_visible, height, width,
     C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, TILES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """out = added (or 0 if None) + bias + the convolution of x with the taps. Programs: chunks of tiles x channels."""
+    """out = added (or 0 if None) + bias + the convolution of x with the taps. Programs: chunks of tiles x channels.
+
+    Unless None: shifted = x + shift, and partial (chunks, C), the sums of `added` over each chunk.
+    """
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     canvas = (slots, num_visible, height, width)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     # One value a channel, but loaded as a whole block: each thread then holds those of the channels it works on.
     shared = tl.zeros((TILES, 1), tl.int32) + channel[None, :]
     start = tl.load(bias + shared, mask=shared < C, other=0).to(dtype)
+    added_sum = tl.zeros((TILES, CHANNELS), dtype)
+    if shift is not None:
+        moved = tl.load(shift + shared, mask=shared < C, other=0).to(dtype)
     factors = ()
     for tap in tl.static_range(SIDE * SIDE):
         factors += (tl.load(taps + tap * C + shared, mask=shared < C, other=0).to(dtype),)
@@ -160,8 +167,15 @@ def _conv_kernel(
                 mask = valid[:, None] & (channel < C)[None, :]
                 total = sums[sy * T + sx]
                 if added is not None:
-                    total += tl.load(added + first_site + offset * C, mask=mask, other=0).to(dtype)
+                    value = tl.load(added + first_site + offset * C, mask=mask, other=0).to(dtype)
+                    total += value
+                    added_sum += value
                 tl.store(out + first_site + offset * C, total.to(out.dtype.element_ty), mask=mask)
+                if shift is not None:
+                    value = tl.load(x + first_site + offset * C, mask=mask, other=0).to(dtype) + moved
+                    tl.store(shifted + first_site + offset * C, value.to(shifted.dtype.element_ty), mask=mask)
+    if partial is not None:
+        tl.store(partial + tl.program_id(0) * C + channel, tl.sum(added_sum, axis=0), mask=channel < C)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES[:5])
@@ -243,28 +257,40 @@ def _conv_plain(
     taps: torch.Tensor,
     bias: torch.Tensor,
     added: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    sum_added: bool,
     visible: torch.Tensor | None,
     slots: torch.Tensor | None,
-) -> torch.Tensor:
-    """x, dense or packed, taps (49, C), bias (C,), added like x -> like added if it is given, else like x."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, dense or packed, taps (49, C), bias (C,), added like x -> the convolution, like `added` if given, else like x.
+
+    Then x + shift (C,), and the sums of `added` over all sites (C,); each is empty if not asked for.
+    """
     maps, back = _maps(x, visible, slots)
     weight = taps.to(maps.dtype).t().reshape(-1, 1, 7, 7)
     maps = F.conv2d(maps, weight, bias.to(maps.dtype), padding=3, groups=len(weight))
-    if added is None:
-        return back(maps)
-    return (back(maps, maps.dtype) + added).to(added.dtype)
+    out = back(maps) if added is None else (back(maps, maps.dtype) + added).to(added.dtype)
+    shifted = x.new_empty(0) if shift is None else (x.to(maps.dtype) + shift).to(x.dtype)
+    sums = added.to(maps.dtype).flatten(0, -2).sum(0) if sum_added else maps.new_empty(0)
+    return out, shifted, sums
 
 
-def _conv_triton(x, taps, bias, added, visible, slots):
+def _conv_triton(x, taps, bias, added, shift, sum_added, visible, slots):
     x, added = x.contiguous(), added if added is None else added.contiguous()
-    out = torch.empty_like(x if added is None else added)
     grid, sizes = _plan(x, visible, slots, CONV_PROGRAMS)
-    launch(_conv_kernel, grid, x, taps.contiguous(), bias, added, out, visible, slots, **sizes)
-    return out
+    out, shifted = torch.empty_like(x if added is None else added), None if shift is None else torch.empty_like(x)
+    partial = x.new_empty(grid[0], x.shape[-1], dtype=_sum_type(x)) if sum_added else None
+    tensors = x, taps.contiguous(), bias, added, shift, out, shifted, partial, visible, slots
+    launch(_conv_kernel, grid, *tensors, **sizes)
+    sums = x.new_empty(0, dtype=_sum_type(x)) if partial is None else partial.sum(0)
+    return out, x.new_empty(0) if shifted is None else shifted, sums
 
 
-def _conv_fake(x, taps, bias, added, visible, slots):
-    return torch.empty_like(x if added is None else added, memory_format=torch.contiguous_format)
+def _conv_fake(x, taps, bias, added, shift, sum_added, visible, slots):
+    like = dict(memory_format=torch.contiguous_format)
+    shifted = x.new_empty(0) if shift is None else torch.empty_like(x, **like)
+    sums = x.new_empty(x.shape[-1] if sum_added else 0, dtype=_sum_type(x))
+    return torch.empty_like(x if added is None else added, **like), shifted, sums
 
 
 def _weight_grad_plain(
@@ -298,25 +324,33 @@ _weight_grad = define_operator("depthwise_conv_weight_grad", _weight_grad_plain,
 
 
 def _conv_setup(ctx, inputs, output):
-    x, taps, bias, _, visible, slots = inputs
+    x, taps, bias, _, shift, ctx.sum_added, visible, slots = inputs
+    ctx.shift_dtype = None if shift is None else shift.dtype
     ctx.save_for_backward(x, taps, bias, visible, slots)
 
 
-def _conv_backward(ctx, grad):
-    grads = _conv_gradients(grad, None, *ctx.saved_tensors, ctx.needs_input_grad)
-    return *grads, grad if ctx.needs_input_grad[3] else None, None, None
+def _conv_backward(ctx, grad, grad_shifted, grad_sums):
+    grad_shifted = None if ctx.shift_dtype is None else grad_shifted
+    *grads, grad_shift = _conv_gradients(grad, grad_shifted, True, *ctx.saved_tensors, ctx.needs_input_grad)
+    grad_added = (grad + grad_sums if ctx.sum_added else grad) if ctx.needs_input_grad[3] else None
+    grad_shift = None if grad_shifted is None else grad_shift.to(ctx.shift_dtype)
+    return *grads, grad_added, grad_shift, None, None, None
 
 
-def _conv_gradients(grad, added, x, taps, bias, visible, slots, needed):
-    """The gradients of x, taps and bias, None where not needed; `added`, or nothing if None, is added to that of x."""
-    grad_x = grad_taps = grad_bias = None
-    grad = grad.to(x.dtype)
-    if needed[0]:
-        grad_x = _conv(grad, taps.flip(0), torch.zeros_like(taps[0]), added, visible, slots)
+def _conv_gradients(grad, added, sum_added, x, taps, bias, visible, slots, needed):
+    """The gradients of x, taps and bias, None where not needed, and the sums of `added` over all sites.
+
+    added: another gradient of x, to be added to its own, or None.
+    """
+    grad_x = grad_taps = grad_bias = sums = None
+    grad, sum_added = grad.to(x.dtype), sum_added and added is not None
+    if needed[0] or sum_added:
+        zeros = torch.zeros_like(taps[0])
+        grad_x, _, sums = _conv(grad, taps.flip(0), zeros, added, None, sum_added, visible, slots)
     if needed[1] or needed[2]:
         grad_taps, grad_bias = _weight_grad(x, grad, visible, slots)
         grad_taps, grad_bias = grad_taps.to(taps.dtype), grad_bias.to(bias.dtype)
-    return grad_x, grad_taps, grad_bias
+    return grad_x, grad_taps, grad_bias, sums
 
 
 class _ConvAndInput(torch.autograd.Function):
@@ -326,11 +360,12 @@ class _ConvAndInput(torch.autograd.Function):
     def forward(ctx, x, taps, bias, dtype, visible, slots):
         rows = x.to(dtype)
         ctx.save_for_backward(rows, taps, bias, visible, slots)
-        return _conv(rows, taps, bias, None, visible, slots), x.view_as(x)
+        return _conv(rows, taps, bias, None, None, False, visible, slots)[0], x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad, grad_x):
-        return *_conv_gradients(grad, grad_x, *ctx.saved_tensors, ctx.needs_input_grad), None, None, None
+        *grads, _ = _conv_gradients(grad, grad_x, False, *ctx.saved_tensors, ctx.needs_input_grad)
+        return *grads, None, None, None
 
 
 def _weight_grad_setup(ctx, inputs, output):
@@ -339,10 +374,11 @@ def _weight_grad_setup(ctx, inputs, output):
 
 def _weight_grad_backward(ctx, grad_taps, grad_bias):
     x, grad, *tables = ctx.saved_tensors
-    of_x = (
-        _conv(grad, grad_taps.flip(0), torch.zeros_like(grad_bias), None, *tables) if ctx.needs_input_grad[0] else None
-    )
-    of_grad = _conv(x, grad_taps, grad_bias, None, *tables) if ctx.needs_input_grad[1] else None
+    of_x = of_grad = None
+    if ctx.needs_input_grad[0]:
+        of_x, *_ = _conv(grad, grad_taps.flip(0), torch.zeros_like(grad_bias), None, None, False, *tables)
+    if ctx.needs_input_grad[1]:
+        of_grad, *_ = _conv(x, grad_taps, grad_bias, None, None, False, *tables)
     return of_x, of_grad, None, None
 
 
@@ -353,15 +389,20 @@ _weight_grad.register_autograd(_weight_grad_backward, setup_context=_weight_grad
 # ---- What the models call
 
 
-def depthwise_conv(x, weight, bias, visible=None, slots=None):
+def depthwise_conv(x, weight, bias, visible=None, slots=None, shift=None):
     """Depthwise convolution, zero padded or submanifold sparse, with a (C, 1, 7, 7): its result, and x for a shortcut.
 
     x: dense (N, H, W, C), or packed rows (N, S, C), which come with visible (N, V) and slots (N, h, w), of int32.
+    shift: (C,), added to the x for the shortcut by the same kernel, whose derivative computes its gradient.
     """
+    # The taps stay as they are: read once a program, summed in float32 in any case.
+    taps = weight.flatten(1).t().contiguous()
+    if shift is not None:
+        y, x, _ = _conv(x, taps, bias, None, shift, False, visible, slots)
+        return y, x
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    # The taps stay as they are: read once a program, summed in float32 in any case.
-    return _ConvAndInput.apply(x, weight.flatten(1).t().contiguous(), bias, dtype, visible, slots)
+    return _ConvAndInput.apply(x, taps, bias, dtype, visible, slots)
 
 
 def calls(device, dtype):
@@ -370,4 +411,9 @@ def calls(device, dtype):
     tables = visible.int(), patch_slots(visible, (2, 2))
     x, grad = torch.arange(128, device=device).view(2, 1, 2, 32).to(dtype) / 128
     taps, bias = torch.ones(49, 32, device=device) / 64, torch.ones(32, device=device)
-    return [(_conv, (x, taps, bias, grad, *tables)), (_weight_grad, (x, grad, *tables))]
+    forward, backward = (None, bias, False), (grad, None, True)
+    return [
+        (_conv, (x, taps, bias, *forward, *tables)),
+        (_conv, (x, taps, bias, *backward, *tables)),
+        (_weight_grad, (x, grad, *tables)),
+    ]

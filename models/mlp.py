@@ -8,7 +8,8 @@ the gradients need:
     a = GELU(h)                  kept on the CPU; in Triton each pass computes it anew from h
     n = |a| / mean |a|           |a|: the norm over the sites of an image, (N, 1, 4C); the mean over its channels
     y = (1 + gamma n) a          kept
-    out = y W2^T + b2 + W2 beta  GRN's beta goes into the bias
+    out = y W2^T + b2 + W2 beta  GRN's beta goes into the bias, and where the depthwise convolution runs in Triton
+                                 both into the block's shortcut, to which the product is then added in one pass
 
 and backward, where g is the gradient of out, and that of y is g W2:
 
@@ -37,17 +38,20 @@ from .utils import GRN, LayerNorm, grn_statistics, is_plain
 class _MLP(torch.autograd.Function):
     """x (N, S, C), eps, w, v (C,), W1 (4C, C), b1, gamma, beta (4C,), W2 (C, 4C), b2 (C,) -> (N, S, C), as x.
 
+    shortcut: None, or rows like x, which are added to and have b2 + W2 beta in them; then beta and b2 are None.
     Parameters may be of another dtype than x, and get gradients of their own. Sums and scales are of float32 at least.
     """
 
     @staticmethod
-    def forward(ctx, x, eps, *parameters):
+    def forward(ctx, x, shortcut, eps, *parameters):
         norm_weight, norm_bias, weight1, bias1, gamma, beta, weight2, bias2 = parameters
         passes, dtype, folded = choose_passes(x), x.dtype, folds_scale(x)
         affine, low1 = (norm_weight.to(dtype), norm_bias.to(dtype)), weight1
         if folds_affine(x):
             affine, low1 = (None, None), weight1 * norm_weight
-            bias1, bias2 = bias1 + weight1 @ norm_bias, bias2 + weight2 @ beta
+            bias1 = bias1 + weight1 @ norm_bias
+            bias2 = bias2 if beta is None else bias2 + weight2 @ beta
+        start = bias2.to(dtype) if shortcut is None else shortcut  # what the last product is added to
         z, *statistics = torch.native_layer_norm(x, x.shape[-1:], *affine, eps)
         h = F.linear(z, low1.to(dtype), bias1.to(dtype))
         a, norm = passes.gelu_norm(h, folded)
@@ -55,12 +59,13 @@ class _MLP(torch.autograd.Function):
         scale = 1 + gamma * norm / mean
         if folded:
             y, low2 = None, (weight2 * scale).to(dtype)  # (N, C, 4C)
-            out = torch.baddbmm(bias2.to(dtype), a, low2.transpose(1, 2))
+            out = torch.baddbmm(start, a, low2.transpose(1, 2))
         else:
             y, low2 = passes.scaled_gelu(h, a, scale), weight2.to(dtype)
-            if not folds_affine(x):
+            if beta is not None and not folds_affine(x):
                 y += beta.to(dtype)
-            out = F.linear(y, low2, bias2.to(dtype))
+            start = start if shortcut is None else start.flatten(0, 1)
+            out = torch.addmm(start, y.flatten(0, 1), low2.t()).view_as(x)
         ctx.save_for_backward(x, *parameters, *statistics, z, h, a, y, low2, norm, mean)
         ctx.eps = eps
         return out
@@ -72,8 +77,9 @@ class _MLP(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient is itself differentiated
             return differentiable_gradients(ctx, grad, x, parameters)
         with without_autocast(x):
-            grads = _MLP.compute_gradients(grad, x, *parameters, *saved[9:])
-        return grads[0], None, *(grad.to(p.dtype) for grad, p in zip(grads[1:], parameters, strict=True))
+            grad_x, *grads = _MLP.compute_gradients(grad, x, *parameters, *saved[9:])
+        grads = (None if p is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, *grads
 
     @staticmethod
     def compute_gradients(
@@ -83,8 +89,10 @@ class _MLP(torch.autograd.Function):
         """The gradients of x and of the parameters."""
         passes, dtype, n = choose_passes(x), x.dtype, norm / mean
         scale = 1 + gamma * n
-        # out = y W2^T + bias
-        grad_bias2 = grad.sum((0, 1), dtype=norm.dtype)
+        # out = y W2^T + bias or shortcut
+        grad_bias2 = grad_beta = None
+        if bias2 is not None:
+            grad_bias2 = grad.sum((0, 1), dtype=norm.dtype)
         if y is None:
             products = torch.bmm(grad.transpose(1, 2), a).to(norm.dtype)  # (N, C, 4C)
             grad_weight2 = (products * scale).sum(0)
@@ -94,10 +102,10 @@ class _MLP(torch.autograd.Function):
             grad_weight2 = (grad.flatten(0, 1).t() @ y.flatten(0, 1)).to(norm.dtype)
             grad_a = grad @ low2  # but for the scale
             grad_scale = passes.gelu_dot(h, a, grad_a)
-        if folds_affine(x):
+        if beta is not None and folds_affine(x):
             grad_weight2 = torch.addcmul(grad_weight2, grad_bias2[:, None], beta)
             grad_beta = sum_rows(weight2, grad_bias2)
-        else:
+        elif beta is not None:
             grad_beta = grad_a.sum((0, 1), dtype=norm.dtype)
         # y = scale a
         grad_n = grad_scale * gamma
@@ -142,22 +150,25 @@ def norm_gradients(grad, x, mean, rstd, weight=None, bias=None):
 
 def differentiable_gradients(ctx, grad, x, parameters):
     """The gradients of `plain_mlp` as functions of grad and inputs, None where not needed."""
-    inputs = [x, None, *parameters]
+    needed_x, needed_shortcut, _, *needed = ctx.needs_input_grad
     with torch.enable_grad():
         out = plain_mlp(x, ctx.eps, *parameters)
-    wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
+    wanted = [x for x, need in zip((x, *parameters), (needed_x, *needed), strict=True) if need]
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return tuple(next(grads) if need else None for need in ctx.needs_input_grad)
+    grad_x, *grads = (next(grads) if need else None for need in (needed_x, *needed))
+    return grad_x, grad if needed_shortcut else None, None, *grads
 
 
 def plain_mlp(x, eps, norm_weight, norm_bias, weight1, bias1, gamma, beta, weight2, bias2):
-    """What `_MLP` computes, by plain operations."""
+    """What `_MLP` computes but for a shortcut, by plain operations."""
     dtype = x.dtype
     z = F.layer_norm(x, x.shape[-1:], norm_weight.to(dtype), norm_bias.to(dtype), eps)
     a = F.gelu(F.linear(z, weight1.to(dtype), bias1.to(dtype)))
     norm, mean = grn_statistics(a)
-    y = (1 + gamma * norm / mean) * a + beta
-    return F.linear(y.to(dtype), weight2.to(dtype), bias2.to(dtype))
+    y = (1 + gamma * norm / mean) * a
+    if beta is None:
+        return F.linear(y.to(dtype), weight2.to(dtype))
+    return F.linear((y + beta).to(dtype), weight2.to(dtype), bias2.to(dtype))
 
 
 def folds_scale(x):
@@ -214,10 +225,27 @@ def compute_dtype(x, *weights):
     return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None
 
 
-def fused_mlp(x, norm, linear1, grn, linear2):
-    """linear2(grn(gelu(linear1(norm(x))))), (N, ..., C), where `can_fuse` allows it: see the top of this file."""
-    rows = x.flatten(1, -2).to(compute_dtype(x, linear1.weight))
-    layers = norm.weight, norm.bias, linear1.weight, linear1.bias, grn.gamma.flatten(), grn.beta.flatten()
+def output_bias(x, norm, linear1, act, grn, linear2):
+    """What of the MLP of x is the same at all sites, (C,), for a shortcut to have in it: see `fused_mlp`.
+
+    None if `fused_mlp` cannot add a shortcut like x.
+    """
+    if not can_fuse(x, norm, linear1, act, grn, linear2) or compute_dtype(x, linear2.weight) != x.dtype:
+        return None
     with without_autocast(x):
-        out = _MLP.apply(rows, norm.eps, *layers, linear2.weight, linear2.bias)
+        return linear2.bias + sum_rows(linear2.weight.t(), grn.beta.flatten())
+
+
+def fused_mlp(x, norm, linear1, grn, linear2, shortcut=None):
+    """linear2(grn(gelu(linear1(norm(x))))), (N, ..., C), where `can_fuse` allows it: see the top of this file.
+
+    shortcut: like x, with `output_bias` in it, and the MLP is added to it: its last product does, in the same pass.
+    """
+    rows = x.flatten(1, -2).to(compute_dtype(x, linear1.weight))
+    beta, bias = grn.beta.flatten(), linear2.bias
+    if shortcut is not None:
+        shortcut, beta, bias = shortcut.flatten(1, -2), None, None
+    layers = norm.weight, norm.bias, linear1.weight, linear1.bias, grn.gamma.flatten(), beta
+    with without_autocast(x):
+        out = _MLP.apply(rows, shortcut, norm.eps, *layers, linear2.weight, bias)
     return out.view(*x.shape[:-1], out.shape[-1])

@@ -292,14 +292,14 @@ def test_passes_of_an_empty_batch():
 
 
 def operators(packed):
-    """The two operators with small arguments, float64 with gradients: x, taps, bias, tables; x, gradient, tables."""
+    """The two operators with small arguments, float64 with gradients, and all that the first can give."""
     visible = torch.tensor([[0, 3], [1, 2]], device=DEVICE)
     tables = [visible.int(), patch_slots(visible, (2, 2))] if packed else [None, None]
     x, grad = torch.randn(2, *((2, 8, 3) if packed else (2, 3, 2, 3)), dtype=torch.float64, device=DEVICE)
-    taps, bias, added = torch.randn(49, 3).to(x), torch.randn(3).to(x), torch.randn_like(x)
-    for tensor in (x, grad, taps, bias, added):
+    taps, bias, added, shift = torch.randn(49, 3).to(x), torch.randn(3).to(x), torch.randn_like(x), torch.randn(3).to(x)
+    for tensor in (x, grad, taps, bias, added, shift):
         tensor.requires_grad_()
-    return (kernels._conv, (x, taps, bias, added, *tables)), (kernels._weight_grad, (x, grad, *tables))
+    return (kernels._conv, (x, taps, bias, added, shift, True, *tables)), (kernels._weight_grad, (x, grad, *tables))
 
 
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -358,7 +358,7 @@ def nothing_tried():
 @needs_kernels
 def test_kernels_run_by_default_where_they_work(nothing_tried, monkeypatch):
     calls = []
-    monkeypatch.setattr(kernels, "depthwise_conv", lambda x, *_: calls.append(1) or (x, x))
+    monkeypatch.setattr(kernels, "depthwise_conv", lambda x, *_, **__: calls.append(1) or (x, x))
     use_triton(None)
     assert triton_works(DEVICE) is None
     dense(*random_inputs(2, 8, 4, 4))
@@ -391,7 +391,7 @@ def test_a_full_memory_is_no_reason_to_give_kernels_up(nothing_tried, monkeypatc
 def test_wrong_results_are_a_reason_to_give_kernels_up(nothing_tried, monkeypatch):
     class Nothing:
         def __getitem__(self, grid):
-            return lambda *inputs, **sizes: inputs[3].zero_()
+            return lambda *inputs, **sizes: inputs[5].zero_()
 
     monkeypatch.setattr(kernels, "_conv_kernel", Nothing())
     assert "wrong results" in triton_works(DEVICE)
@@ -480,7 +480,7 @@ def test_kernels_are_for_7x7_on_cuda(nothing_tried, monkeypatch):
         assert triton_switch.runs_in_triton(cuda) and not triton_switch.runs_in_triton(cpu)
         with torch.device("cuda"):
             conv = torch.nn.Conv2d(8, 8, 5, padding=2, groups=8)
-        monkeypatch.setattr(kernels, "depthwise_conv", lambda *_: pytest.fail("a kernel for 5x5"))
+        monkeypatch.setattr(kernels, "depthwise_conv", lambda *_, **__: pytest.fail("a kernel for 5x5"))
         depthwise_conv(cuda, conv)
     use_triton(None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
