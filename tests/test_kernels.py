@@ -47,7 +47,7 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-10, t
 def switch_and_blocks(monkeypatch):
     """The switch is off before each test, automatic after it. Larger blocks are fewer: the interpreter is faster."""
     if INTERPRETED:
-        monkeypatch.setattr(kernels, "BLOCK", 2048)
+        monkeypatch.setattr(kernels, "BLOCK", 8192)
     torch.backends.cudnn.allow_tf32 = False  # the reference is of float32
     use_triton(False)
     yield
