@@ -579,7 +579,7 @@ def compare_classes(saved, current):
     """The difference between the classes of a checkpoint and those of the data, in words."""
     saved, current = (list(names or []) for names in (saved, current))
     if len(saved) != len(current):
-        return f"has {len(saved)} classes, the data {len(current)}"
+        return f"has {utils.format_count(len(saved), 'class')}, the data {len(current)}"
     i = next(i for i in range(len(current)) if saved[i] != current[i])
     return f"has other classes than the data: number {i} is {saved[i]!r}, not {current[i]!r}"
 

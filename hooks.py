@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import re
 import signal
 import time
@@ -201,7 +202,9 @@ class LogFile(Hook):
             return False  # not a line of ours
 
     def on_epoch_end(self, run):
-        self.lines.append(json.dumps(run.metrics | {"epoch": run.epoch, "n_parameters": run.n_parameters}))
+        facts = run.metrics | {"epoch": run.epoch, "n_parameters": run.n_parameters}
+        unknown = {name for name, value in facts.items() if isinstance(value, float) and not math.isfinite(value)}
+        self.lines.append(json.dumps(facts | dict.fromkeys(unknown)))  # JSON has no nan: null
         content = "".join(f"{line}\n" for line in self.lines).encode(errors="surrogateescape")
         checkpoints.write_whole(self.path, lambda file: file.write(content))
 

@@ -94,7 +94,8 @@ def number_classes(source, found, class_names):
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = sorted(set(found) - set(numbers))
     if unknown:
-        problem = f"is not among the {len(numbers)} classes of the model: {sources.shorten(class_names)}"
+        classes = utils.format_count(len(numbers), "class")
+        problem = f"is not among the {classes} of the model: {sources.shorten(class_names)}"
         raise UserError(f"{source}: class {unknown[0]} ({len(unknown)} such) {problem}")
     return np.array([numbers[name] for name in found], dtype=np.int32)
 

@@ -16,6 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from index import read_file
 from models.files import find_statistics
 from sources import find_formats, in_one_line
+from utils import format_count
 
 for name in ("PIL", "tifffile"):  # print lines without the file's name; what matters they raise
     logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -72,8 +73,9 @@ def read_tiff(file, in_chans):
         converts = len(pages) == 1 and bands in (1, 3) and in_chans in COLOR_MODES
         fits = len(pages) * bands == in_chans and 1 in (len(pages), bands) or converts
         if len(shapes) > 1 or page.axes not in ("YX", "YXS", "SYX") or not fits:
-            accepted = f"1 page of {in_chans} bands, or {in_chans} pages of 1 band and one size"
-            raise ValueError(f"TIFF of {len(pages)} pages {page.shape}, {page.axes}: must be {accepted} (--in_chans)")
+            accepted = f"1 page of {format_count(in_chans, 'band')}, or {format_count(in_chans, 'page')} of 1 band"
+            found = f"{format_count(len(pages), 'page')} {page.shape}, {page.axes}"
+            raise ValueError(f"TIFF of {found}: must be {accepted} and one size (--in_chans)")
         if page.photometric not in (1, 2):  # black is 0, RGB
             raise ValueError(f"TIFF of several pages or bands in {page.photometric.name}: must be MINISBLACK or RGB")
         values, limit = page.imagelength * page.imagewidth * bands * len(pages), 2 * (Image.MAX_IMAGE_PIXELS or np.inf)

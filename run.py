@@ -231,7 +231,7 @@ class Run:
             if name not in self.metrics:
                 continue
             value = self.metrics[name]
-            if name not in best or not math.isfinite(best[name][0]) or is_better(name, value, best[name][0]):
+            if name not in best or is_better(name, value, best[name][0]):
                 best[name] = [value, self.epoch, 0]
             else:
                 best[name] = [*best[name][:2], best[name][2] + 1]
@@ -277,6 +277,9 @@ class Run:
 
 
 def is_better(name, value, other):
+    """Whether a metric of that name is better than another value; any number is better than nan and infinity."""
+    if not (math.isfinite(value) and math.isfinite(other)):
+        return math.isfinite(value)
     is_error = any(word in name for word in ("loss", "mae", "mse", "error"))
     return value < other if is_error else value > other
 
@@ -394,7 +397,7 @@ def log_configuration(run, schedule, model_description, loader):
     args = run.args
     precision = f"{args.amp_dtype} autocast" if args.use_amp else "float32"
     compiled = ", compiled" if args.compile else ""
-    ranks = f"{utils.get_world_size()} rank{'s' * (utils.get_world_size() > 1)}"
+    ranks = utils.format_count(utils.get_world_size(), "rank")
     steps = f"{run.steps_per_epoch} steps of {effective_batch_size(args)} an epoch"
     where = f"epoch {run.epoch}, step {run.step}" if run.epochs_done else "the beginning"
     log(f"{args.model}, {model_description}")

@@ -5,6 +5,7 @@ evaluation, a metric that decides the best checkpoint, and a form of predictions
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from checkpoints import is_task
 from flags import fraction_below_1
 from index import sort_labels
 from sources import SEPARATOR, shorten
-from utils import UserError, log
+from utils import UserError, format_count, log
 
 
 def add_loss_args(parser):
@@ -34,6 +35,7 @@ class Labels(NamedTuple):
     texts: list  # each label that occurs
     numbers: np.ndarray  # (n,) which of them an image has
     columns: list  # titles of the columns of a list that they come from; of several, a text joins the values
+    name: Callable = str  # of an image by its number, for errors
 
 
 # ---------------------------------------------------------------- evaluations
@@ -54,7 +56,7 @@ class Evaluation:
 
     def __str__(self):
         left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
-        return f"{self.describe()}  loss {self.loss:.4f}  ({len(self.targets)} images{left_out})"
+        return f"{self.describe()}  loss {self.loss:.4f}  ({format_count(len(self.targets), 'image')}{left_out})"
 
 
 class ClassEvaluation(Evaluation):
@@ -115,9 +117,13 @@ class MultiLabelEvaluation(Evaluation):
         return self.columns
 
     def metrics(self):
-        """loss; in per cent: mAP and macro F1, means over the classes that occur, and micro F1, of all answers."""
+        """loss; in per cent: mAP and macro F1, means over the classes that occur, and micro F1, of all answers.
+
+        All three are 0 if no class occurs, as scikit-learn's.
+        """
         occurs, answers = self.columns["images"] > 0, self.predicted.sum() + self.targets.sum()
-        mean_ap, macro = (100 * self.columns[name][occurs].mean().item() for name in ("average_precision", "f1"))
+        means = (self.columns[name][occurs].mean().nan_to_num() for name in ("average_precision", "f1"))
+        mean_ap, macro = (100 * mean.item() for mean in means)
         micro = 200 * ((self.predicted & self.targets).sum().double() / answers).nan_to_num().item()
         return {"loss": self.loss, "mAP": mean_ap, "f1_macro": macro, "f1_micro": micro}
 
@@ -246,7 +252,7 @@ class Classification(Task):
 
     def read_targets(self, labels):
         if len(labels.texts) != len(self.names):
-            raise ValueError(f"the data has {len(labels.texts)} classes, the model {len(self.names)}")
+            raise ValueError(f"the data has {format_count(len(labels.texts), 'class')}, the model {len(self.names)}")
         return labels.numbers
 
     def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
@@ -307,7 +313,7 @@ class Classification(Task):
         return ", ".join(f"{name} {100 * p:.1f} %" for name, p in self.split_row(row)[:topk])
 
     def __str__(self):
-        return f"{len(self.names)} classes"
+        return format_count(len(self.names), "class")
 
 
 class MultiLabel(Classification):
@@ -336,14 +342,14 @@ class MultiLabel(Classification):
     def encode(self, labels):
         if len(labels.columns) > 1:
             check_columns(labels.columns, self.names)
-            return parse_numbers(labels.texts, len(self.names), "0 or 1", (0, 1)).astype(np.float32)
+            return parse_numbers(labels, len(self.names), "0 or 1", (0, 1)).astype(np.float32)
         numbers = {name: number for number, name in enumerate(self.names)}
         table = np.zeros((len(labels.texts), len(self.names)), dtype=np.float32)
         for row, text in zip(table, labels.texts, strict=True):
             for name in split_names(text):
                 if name not in numbers:
-                    known = f"is not among the {len(numbers)} classes of the model: {shorten(self.names)}"
-                    raise ValueError(f"class {name} {known}")
+                    known = f"{format_count(len(numbers), 'class')} of the model: {shorten(self.names)}"
+                    raise ValueError(f"class {name} is not among the {known}")
                 row[numbers[name]] = 1
         return table
 
@@ -392,7 +398,7 @@ class MultiLabel(Classification):
         return f"{self.find_classes(row) or 'none'} ({super().describe_row(row, topk)})"
 
     def __str__(self):
-        return f"{len(self.names)} classes, any number an image"
+        return f"{super().__str__()}, any number an image"
 
 
 class Regression(Task):
@@ -405,7 +411,8 @@ class Regression(Task):
         self.mean, self.std = list(mean), list(std)
         finite = np.isfinite(self.mean + self.std).all() and min(self.std) > 0
         if not finite or not len(self.names) == len(self.mean) == len(self.std):
-            raise ValueError(f"{len(self.names)} targets with means {mean} and deviations {std}")
+            count = format_count(len(self.names), "target")
+            raise ValueError(f"{count} with means {mean} and deviations {std}")
 
     @property
     def best(self):
@@ -414,9 +421,9 @@ class Regression(Task):
 
     @classmethod
     def fit(cls, loss, labels):
-        count = max(len(labels.columns), len(split_values(labels.texts[0])))
+        count = max(len(labels.columns), len(split_values(labels.texts[0], labels.columns)))
         names = labels.columns if len(labels.columns) == count else [f"{labels.columns[0]}{k}" for k in range(count)]
-        values = parse_numbers(labels.texts, count, f"a number for --loss {loss}")[labels.numbers]
+        values = parse_numbers(labels, count, f"a number for --loss {loss}")[labels.numbers]
         for name, least, most in zip(names, values.min(0), values.max(0), strict=True):
             if least == most:
                 raise ValueError(f"{name} is {least:g} in all images: nothing to predict")
@@ -438,7 +445,7 @@ class Regression(Task):
     def encode(self, labels):
         if len(labels.columns) > 1:
             check_columns(labels.columns, self.names)
-        values = parse_numbers(labels.texts, len(self.names), "a number")
+        values = parse_numbers(labels, len(self.names), "a number")
         return ((values - self.mean) / self.std).astype(np.float32)
 
     def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
@@ -511,8 +518,9 @@ def split_names(text):
     return [name.strip() for name in text.split(SEPARATOR) if name.strip()]
 
 
-def split_values(text):
-    return text.removesuffix(SEPARATOR).split(SEPARATOR)
+def split_values(text, columns):
+    """The values in a label; in that of a single column, a list of one value ends with the separator."""
+    return (text if len(columns) > 1 else text.removesuffix(SEPARATOR)).split(SEPARATOR)
 
 
 def check_columns(columns, names):
@@ -520,17 +528,20 @@ def check_columns(columns, names):
         raise ValueError(f"columns {', '.join(columns)}: must be those of the model, {', '.join(names)}, in this order")
 
 
-def parse_numbers(texts, count, accepted, values=None):
-    """(L, count) float64: the numbers in each text. Raises ValueError for one that is not finite or not of `values`.
+def parse_numbers(labels, count, accepted, values=None):
+    """(L, count) float64: the numbers in each label. Raises ValueError for one that is not finite or not of `values`.
 
     accepted: what is, in words.
     """
-    table = np.full((len(texts), count), np.nan)
-    for row, text in zip(table, texts, strict=True):
-        words = split_values(text)
+    table = np.full((len(labels.texts), count), np.nan)
+    for number, (row, text) in enumerate(zip(table, labels.texts, strict=True)):
+        words = split_values(text, labels.columns)
         if len(words) != count:
-            raise ValueError(f"label {text}: has {len(words)} values, not {count}")
+            raise ValueError(f"label {text}: has {format_count(len(words), 'value')}, not {count}")
         for place, word in enumerate(words):
+            if not word.strip() and len(labels.columns) == count > 1:
+                example = next(map(labels.name, np.flatnonzero(labels.numbers == number)), f"label {text}")
+                raise ValueError(f"{example}: column {labels.columns[place]} is empty: must be {accepted}")
             with contextlib.suppress(ValueError):
                 row[place] = float({"True": 1, "False": 0}.get(word, word))
             if not np.isfinite(row[place]) or values and row[place] not in values:

@@ -152,6 +152,11 @@ def requeue(stopped):
         leave_process_group()
 
 
+def format_count(count, noun):
+    """1 class, 2 classes, 3 images."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
 def log(*words):
     """Print a line at once, on the main process only. A closed terminal or a full disk behind it stops no run."""
     if is_main_process():
