@@ -11,8 +11,6 @@ into the list in `build_hooks` of `main_pretrain.py` or `main_finetune.py`, anyw
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 import re
@@ -187,8 +185,8 @@ class LogFile(Hook):
 
     def on_start(self, run):
         """Write the flags, and drop the lines of epochs that are trained again, as no checkpoint of them was kept."""
-        flags = json.dumps(vars(run.args), indent=1, sort_keys=True).encode()
-        checkpoints.write_whole(self.path.with_name("args.json"), lambda file: file.write(flags))
+        flags = json.dumps(vars(run.args), indent=1, sort_keys=True)
+        checkpoints.write_text(self.path.with_name("args.json"), flags)
         if self.path.exists():
             lines = self.path.read_text(errors="surrogateescape").splitlines()
             self.lines = [line for line in lines if not self.is_from_epoch(run.epoch, line)]
@@ -205,8 +203,7 @@ class LogFile(Hook):
         facts = run.metrics | {"epoch": run.epoch, "n_parameters": run.n_parameters}
         unknown = {name for name, value in facts.items() if isinstance(value, float) and not math.isfinite(value)}
         self.lines.append(json.dumps(facts | dict.fromkeys(unknown)))  # JSON has no nan: null
-        content = "".join(f"{line}\n" for line in self.lines).encode(errors="surrogateescape")
-        checkpoints.write_whole(self.path, lambda file: file.write(content))
+        checkpoints.write_text(self.path, "".join(f"{line}\n" for line in self.lines))
 
 
 class TensorBoard(Hook):
@@ -333,10 +330,7 @@ class ClassReport(Hook):
         save_picture(run, self.folder / f"{stem}.png", picture)
 
     def write_csv(self, name, titles, rows):
-        text = io.StringIO()
-        csv.writer(text).writerows([titles, *rows])
-        content = text.getvalue().encode(errors="surrogateescape")
-        checkpoints.write_whole(self.folder / name, lambda file: file.write(content))
+        checkpoints.write_whole(self.folder / name, lambda file: checkpoints.write_csv(file, [titles, *rows]))
 
 
 class Profiler(Hook):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoints import is_task
+from checkpoints import TASK, fits
 from flags import fraction_below_1
 from index import sort_labels
 from sources import SEPARATOR, shorten
@@ -503,7 +503,7 @@ def restore_task(checkpoint):
     """The task of a checkpoint; None for classes without names. Raises ValueError for one that is unknown here."""
     state, names = checkpoint.get("task") or {"kind": Classification.kind, "loss": "ce"}, checkpoint.get("class_names")
     known = {task.kind: task for task in TASKS}
-    if is_task(state) and state["kind"] in known and state["loss"] in known[state["kind"]].losses:
+    if fits(state, TASK) and state["kind"] in known and state["loss"] in known[state["kind"]].losses:
         if names is None and state["kind"] == Classification.kind:
             return None
         with contextlib.suppress(TypeError):  # other arguments

@@ -24,7 +24,7 @@ import torch
 
 import flags
 import utils
-from checkpoints import load_checkpoint, save_together, write_whole
+from checkpoints import load_checkpoint, save_together, write_text, write_whole
 from models import convnextv2, files, weights
 from tools.common import add_model_key_arg
 from utils import UserError
@@ -84,14 +84,10 @@ def write_huggingface(output, state, checkpoint):
     )  # fmt: skip
     Path(output).mkdir(exist_ok=True)
     for name, content in (("config", config), ("preprocessor_config", preprocessor)):
-        write_whole(Path(output) / f"{name}.json", lambda file, content=content: file.write(json_bytes(content)))
+        write_text(Path(output) / f"{name}.json", json.dumps(content, indent=2) + "\n")
     tensors = {name: value.contiguous() for name, value in converted.items()}
     write_whole(Path(output) / "model.safetensors", lambda file: file.write(save(tensors, {"format": "pt"})))
     return converted
-
-
-def json_bytes(content):
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 class Features(torch.nn.Module):

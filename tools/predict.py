@@ -14,15 +14,15 @@ Task, image size, crop, channels, normalization and names of classes are the che
 line, with its error. A run that was stopped resumes by the same command, on any number of processes.
 """
 
-import csv
 import hashlib
-import io
+import itertools
 import os
 from pathlib import Path
 
 import flags
 import tasks
 import utils
+from checkpoints import write_csv
 from evaluation import pool_features
 from sources import in_one_line
 from tools.common import check_output, write_output
@@ -126,28 +126,16 @@ def describe_run(args, dataset):
     return key | {"--checkpoint": [os.path.abspath(args.checkpoint), stat and [stat.st_mtime_ns, stat.st_size]]}
 
 
-def write_csv(output, header, lines):
-    """A header and lines, whole or not at all. File names may be any bytes."""
-
-    def write(file):
-        text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
-        csv.writer(text).writerows([header])
-        csv.writer(text).writerows(lines)
-        text.flush()
-        text.detach()
-
-    write_output(output, write)
-
-
 def write_predictions(args, images, rows, errors, task):
     def lines():
+        yield "file", "error", *task.titles(args.topk)
         for index in range(len(images)):
             if index in errors:
                 yield images.name(index), errors[index]
             else:
                 yield images.name(index), "", *task.cells(rows[index], args.topk)
 
-    write_csv(args.output, ["file", "error", *task.titles(args.topk)], lines())
+    write_output(args.output, lambda file: write_csv(file, lines()))
 
 
 def write_parquet(output, images, rows, errors):
@@ -177,7 +165,8 @@ def write_table(args, journal, images, ending, task):
         write_parquet(args.output, images, rows, errors)
     else:
         lines = ((images.name(index), errors.get(index, "")) for index in range(len(images)))
-        write_csv(Path(args.output).with_suffix(".names.csv"), ["file", "error"], lines)
+        names = Path(args.output).with_suffix(".names.csv")
+        write_output(names, lambda file: write_csv(file, itertools.chain([("file", "error")], lines)))
         os.replace(journal.folder / "rows.npy", args.output)
     journal.remove()
     unreadable = f", {len(errors)} unreadable, such as {images.name(min(errors))}" if errors else ""
