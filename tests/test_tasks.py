@@ -29,19 +29,10 @@ import shards
 import tasks
 from datasets import build_labelled_sets
 from engine_finetune import build_mixup
+from evaluation import ClassEvaluation, MultiLabelEvaluation, RegressionEvaluation
 from run import is_better
 from samplers import BalancedSampler
-from tasks import (
-    ClassEvaluation,
-    Classification,
-    Labels,
-    MultiLabel,
-    MultiLabelEvaluation,
-    Regression,
-    RegressionEvaluation,
-    find_task,
-    restore_task,
-)  # fmt: skip
+from tasks import Classification, Labels, MultiLabel, Regression, find_task, restore_task
 from tools import convert, predict, probe
 
 
