@@ -25,6 +25,7 @@ import checkpoints
 import utils
 from datasets import Batch, Loader
 from flags import at_least
+from image_sets import spread
 from images import statistics_of
 from run import Hook, Hooks  # noqa: F401  (hooks.Hook, hooks.Hooks: what a hook is)
 from utils import TrainingError, UserError, log
@@ -70,9 +71,6 @@ class UnreadableImages(Hook):
     def on_start(self, run):
         self.reported = len(run.unreadable_images)
 
-    def on_evaluate(self, run):
-        self.on_log(run)
-
     def on_log(self, run):
         names = list(run.unreadable_images)
         for number, name in enumerate(names[self.reported :], start=self.reported + 1):
@@ -80,6 +78,8 @@ class UnreadableImages(Hook):
         self.reported = len(names)
         if self.reported > self.max_bad_images:
             raise UserError(f"{self.reported} images could not be read, --max_bad_images is {self.max_bad_images}")
+
+    on_evaluate = on_log
 
 
 class Probe(Hook):
@@ -108,9 +108,8 @@ class Probe(Hook):
         result = self.measure(run)
         run.given_up = result is None
         if result is not None:
-            accuracies, _, unreadable = result
-            run.metrics |= accuracies
-            run.add_unreadable(unreadable)
+            run.metrics |= result[0]
+            run.add_unreadable(result[2])
 
     def measure(self, run):
         from evaluation import probe
@@ -277,17 +276,15 @@ class Reconstructions(Hook):
 
     main_only = True
 
-    def __init__(self, dataset, output_dir, every, count=8):
-        self.dataset, self.output_dir, self.every, self.count = dataset, output_dir, every, count
+    def __init__(self, dataset, output_dir, every):
+        self.dataset, self.output_dir, self.every = dataset, output_dir, every
 
     def on_epoch_end(self, run):
         from evaluation import draw_reconstructions
 
         if not run.is_due(self.every):
             return
-        count = min(self.count, len(run.images))
-        samples = [self.dataset[0, i * len(run.images) // count, 0] for i in range(count)]
-        batch = Batch.collate(samples)
+        batch = Batch.collate([self.dataset[0, index, 0] for index in spread(range(len(run.images)), 8)])
         imgs, noise = batch.imgs.to(run.device), batch.noise.to(run.device)
         picture = draw_reconstructions(run.model, imgs, noise, statistics=statistics_of(run.args))
         save_picture(run, Path(self.output_dir) / f"reconstruction-{run.epoch:04}.png", picture)
@@ -309,10 +306,10 @@ class ClassReport(Hook):
             self.write_per_class(f"per_{evaluation.unit}{suffix}.csv", evaluation, run.class_names)
             if evaluation.confusion is None:
                 continue
-            if len(run.class_names) <= self.MAX_CLASSES:
-                self.write_confusion(f"confusion{suffix}", evaluation, run)
-            else:
+            if len(run.class_names) > self.MAX_CLASSES:
                 log(f"no confusion matrix: {len(run.class_names)} classes are more than {self.MAX_CLASSES}")
+            else:
+                self.write_confusion(f"confusion{suffix}", evaluation, run)
 
     def write_per_class(self, name, evaluation, class_names):
         columns = evaluation.per_class()
@@ -326,8 +323,7 @@ class ClassReport(Hook):
         matrix = evaluation.confusion()
         rows = [(name, *counts) for name, counts in zip(run.class_names, matrix.tolist(), strict=True)]
         self.write_csv(f"{stem}.csv", ("true class \\ predicted", *run.class_names), rows)
-        picture = draw_confusion(matrix, run.class_names)
-        save_picture(run, self.folder / f"{stem}.png", picture)
+        save_picture(run, self.folder / f"{stem}.png", draw_confusion(matrix, run.class_names))
 
     def write_csv(self, name, titles, rows):
         checkpoints.write_whole(self.folder / name, lambda file: checkpoints.write_csv(file, [titles, *rows]))
@@ -419,12 +415,12 @@ class Checkpointer(Hook):
             return False
 
     def save(self, run, step=None, is_last=False):
-        """Write a checkpoint, if it is not there yet; whether that succeeded. On all ranks, at the same step.
+        """Write a checkpoint, if it is not there yet. On all ranks, at the same step.
 
         Raises TrainingError if the weights are not finite, or if it cannot be written and the run ends here (is_last).
         """
         run.read_losses()
-        return self.try_on_main_rank(run, lambda: self.write(run, step), is_last)
+        self.try_on_main_rank(run, lambda: self.write(run, step), is_last)
 
     def check_weights(self, run):
         if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():

@@ -24,6 +24,12 @@ def find_images(folder):
     return [index.name(number) for number in range(len(index))]
 
 
+def spread(items, count):
+    """At most `count` of the items, at even distances."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def find_files(flag, paths):
     """These files, and all images below those that are folders. Raises UserError, naming the flag, if there is none."""
     files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]

@@ -142,13 +142,11 @@ WRITERS = {  # by --to: write(output, dense state, checkpoint) returns the tenso
 
 
 def main(args):
-    output = Path(args.output)
     checkpoint = load_checkpoint(args.input)
-    if output.exists() and output.resolve() == Path(args.input).resolve():
+    if Path(args.output).exists() and Path(args.output).resolve() == Path(args.input).resolve():
         raise UserError(f"OUT {args.output}: is the same file as IN; choose another name")
     with utils.name_in_errors(args.input):
         state, decoder = weights.split_decoder(weights.find_weights(checkpoint, args.model_key))
-    with utils.name_in_errors(args.input):
         convnextv2.from_checkpoint(checkpoint, args.model_key)  # every key has its place
         sizes = weights.network_config(state)
     try:

@@ -24,6 +24,7 @@ import tasks
 import utils
 from checkpoints import write_csv
 from evaluation import pool_features
+from image_sets import spread
 from sources import in_one_line
 from tools.common import check_output, write_output
 from tools.inference import add_inference_args, load_inference
@@ -175,15 +176,12 @@ def write_table(args, journal, images, ending, task):
 
 
 def draw_predictions(args, dataset, rows, errors, task):
-    count = min(len(dataset), 64)
     cells = []
-    for index in (i * len(dataset) // count for i in range(count)):
-        caption = "unreadable"
-        if index not in errors:
-            caption = "\n".join(task.cells(rows[index], 1))
+    for index in spread(range(len(dataset)), 64):
+        caption = "unreadable" if index in errors else "\n".join(task.cells(rows[index], 1))
         cells.append((read_pixels(dataset, index), caption, None))
-    save_sheet("--sheet", args.sheet, [cells[i : i + 8] for i in range(0, count, 8)])
-    log(f"{count} of them: {args.sheet}")
+    save_sheet("--sheet", args.sheet, [cells[i : i + 8] for i in range(0, len(cells), 8)])
+    log(f"{len(cells)} of them: {args.sheet}")
 
 
 def main(args):
