@@ -424,10 +424,8 @@ class Checkpointer(Hook):
 
     def check_weights(self, run):
         if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():
-            raise TrainingError(
-                f"weights are not finite after step {run.step} of epoch {run.epoch}: stopped. "
-                f"{run.describe_last_checkpoint()}Try a lower --blr, or --amp_dtype bfloat16"
-            )
+            place = f"after step {run.step} of epoch {run.epoch}"
+            raise TrainingError(f"weights are not finite {place}: {run.describe_stop()}")
 
     def try_on_main_rank(self, run, write, is_last=False):
         """Call write() on the main rank; whether that succeeded. Raises as `save` does."""

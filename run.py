@@ -257,10 +257,11 @@ class Run:
             "hooks": getattr(self.hooks, "state_dict", dict)(),
         }
 
-    def describe_last_checkpoint(self):
-        """A sentence for errors; empty if there is none."""
+    def describe_stop(self):
+        """For errors: that numbers which are not finite stop the run, and what may help."""
         saved = self.args.output_dir and any(Path(self.args.output_dir).glob("checkpoint-*.pth"))
-        return "The last checkpoint is from before. " if saved else ""
+        kept = "The last checkpoint is from before. " if saved else ""
+        return f"stopped. {kept}Try a lower --blr, or --amp_dtype bfloat16"
 
     def load_state_dict(self, checkpoint):
         """Continue where a checkpoint of this project was written."""
@@ -308,7 +309,7 @@ def report_nonfinite_loss(run, loss, batch, is_local, alone):
     examples += write() if alone else utils.on_main_rank(write)
     raise TrainingError(
         f"loss is {loss} in epoch {run.epoch}, step {batch // run.args.update_freq + 1} of {run.steps_per_epoch}: "
-        f"stopped. {run.describe_last_checkpoint()}Try a lower --blr, or --amp_dtype bfloat16. Batch: {examples}"
+        f"{run.describe_stop()}. Batch: {examples}"
     )
 
 

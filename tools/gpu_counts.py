@@ -11,6 +11,7 @@ if caches held nothing. What a kernel keeps for itself (sums of its programs) is
 """
 
 import collections
+import importlib.util
 import json
 import math
 import os
@@ -262,11 +263,9 @@ def count_kernels(args):
 
 def run_pretending(command, folder):
     """Run a command in whose process torch and Triton see an H100. Raises UserError where there is no C compiler."""
-    include = subprocess.run(
-        [sys.executable, "-c", "import triton; print(triton.__path__[0])"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    include = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/include"
     source = Path(__file__).with_name("pretended_gpu.c")
-    build = ["cc", "-shared", "-fPIC", "-w", f"-I{include}/backends/nvidia/include", source]
+    build = ["cc", "-shared", "-fPIC", "-w", f"-I{include}", source]
     try:
         subprocess.run([*build, "-DRUNTIME", "-o", f"{folder}/runtime.so"], check=True)
         subprocess.run([*build, "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"], check=True)

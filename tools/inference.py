@@ -55,7 +55,7 @@ class FileDataset(datasets.EvalDataset):
     def __getitem__(self, index):
         image, error = try_open(self.images, index, self.transform)
         if error is not None:
-            return None, None, None, [(index, error.removeprefix(in_one_line(self.images.name(index))).strip(" ()"))]
+            return None, None, None, [(index, error.removeprefix(in_one_line(self.images.name(index)))[2:-1])]
         return image, 0, index, []
 
 
