@@ -182,7 +182,10 @@ def scale_to_8_bits(array, pixel_range=None, sixteen=False):
     Raises ValueError where that would leave nothing to see: values of at most 12 bits in 16, NaN, infinite values.
     """
     if pixel_range is None and sixteen:
-        check_uses_16_bits(array.max(initial=0))
+        highest = array.max(initial=0)
+        if 0 < highest < 4096:  # its upper byte is nearly empty
+            fix = "give the range of the images, such as --pixel_range 0 4095 for 12 bits"
+            raise ValueError(f"16-bit image without a value above {highest}, of 65535: {fix}")
         return (array >> 8).astype(np.uint8)
     if array.dtype == np.uint16 and pixel_range is not None:
         return scaled_16_bits(*pixel_range)[array]
@@ -199,13 +202,6 @@ def scale_to_8_bits(array, pixel_range=None, sixteen=False):
 def scaled_16_bits(low, high):
     """(65536,) what `scale_to_8_bits` makes of each value of 16 bits: looking it up is several times as fast."""
     return scale_to_8_bits(np.arange(1 << 16), (low, high))
-
-
-def check_uses_16_bits(highest):
-    """Raise ValueError if the highest value of a 16-bit image shows that its upper byte is nearly empty."""
-    if 0 < highest < 4096:
-        fix = "give the range of the images, such as --pixel_range 0 4095 for 12 bits"
-        raise ValueError(f"16-bit image without a value above {highest}, of 65535: {fix}")
 
 
 def check_16_bit_color(image, pixel_range):

@@ -165,7 +165,7 @@ class Run:
         self.epoch_means.add(values)
 
     def end_lap(self):
-        """Close what a log line covers and return it: means, images_per_second, data_seconds a batch. On all ranks."""
+        """Close what a log line covers, `lap`: means, images_per_second, data_seconds a batch. On all ranks."""
         self.read_losses()
         images = self.lap_batches * self.args.batch_size * utils.get_world_size()
         seconds = time.perf_counter() - self.lap_start
