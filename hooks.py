@@ -407,12 +407,7 @@ class Checkpointer(Hook):
             return False
         run.read_losses(alone=True)
         self.check_weights(run)
-        try:
-            self.write(run, run.step)
-            return True
-        except OSError as error:
-            log(f"checkpoint not saved: {error}")
-            return False
+        return self.attempt(lambda: self.write(run, run.step))
 
     def save(self, run, step=None, is_last=False):
         """Write a checkpoint, if it is not there yet. On all ranks, at the same step.
@@ -430,19 +425,19 @@ class Checkpointer(Hook):
     def try_on_main_rank(self, run, write, is_last=False):
         """Call write() on the main rank; whether that succeeded. Raises as `save` does."""
         self.check_weights(run)
+        note = ". Earlier ones are kept, training continues, the next save tries again."
+        return utils.on_main_rank(lambda: self.attempt(write, note, is_last))
 
-        def attempt():
-            try:
-                write()
-                return True
-            except OSError as error:
-                if is_last:
-                    raise TrainingError(f"the last checkpoint could not be saved: {error}") from None
-                kept = "Earlier ones are kept, training continues, the next save tries again."
-                log(f"checkpoint not saved: {error}. {kept}")
-                return False
-
-        return utils.on_main_rank(attempt)
+    def attempt(self, write, note="", is_last=False):
+        """Call write(); whether that succeeded. If not, log why, with a note; raise TrainingError for the last one."""
+        try:
+            write()
+            return True
+        except OSError as error:
+            if is_last:
+                raise TrainingError(f"the last checkpoint could not be saved: {error}") from None
+            log(f"checkpoint not saved: {error}{note}")
+            return False
 
     def write(self, run, step):
         """On the main rank. Raises OSError."""

@@ -155,6 +155,9 @@ class Digits(ImageArrays):
         return f"digit {self.numbers[index]}"
 
 
+CIFARS = {"CIFAR": (100, "cifar-100-python"), "CIFAR10": (10, "cifar-10-batches-py")}
+
+
 class Cifar(ImageArrays):
     """CIFAR-10 or CIFAR-100 in a folder, downloaded into it if missing. Raises UserError if that fails."""
 
@@ -226,11 +229,9 @@ def build_images(
     """
     if data_set == "DIGITS":
         return Digits(split == "train", in_chans)
-    cifars = {10: data_set == "CIFAR10" or (Path(path) / "cifar-10-batches-py").is_dir()}
-    cifars |= {100: data_set == "CIFAR" or (Path(path) / "cifar-100-python").is_dir()}
-    if any(cifars.values()):
-        num_classes = 10 if data_set == "CIFAR10" or not cifars[100] else 100
-        return Cifar(num_classes, path, split == "train", in_chans)
+    for name, (num_classes, folder) in CIFARS.items():
+        if data_set == name or data_set not in CIFARS and (Path(path) / folder).is_dir():
+            return Cifar(num_classes, path, split == "train", in_chans)
     accepted = "a folder with a folder of images for each class" if labelled else "a folder of images"
     try:
         source = sources.find_source(path, split, needed=data_set == "IMNET" or split == "val")

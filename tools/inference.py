@@ -81,8 +81,7 @@ class Inference(NamedTuple):
         rows are on the CPU, and None if no image of the batch can be read.
         """
         sampler = torch.utils.data.BatchSampler(indices, self.args.batch_size, False)
-        loader = datasets.build_loader(dataset, sampler, Loading(self.args.num_workers), self.device)
-        for batch in loader:
+        for batch in datasets.build_loader(dataset, sampler, self.args.replace(pin_mem=True), self.device):
             rows = None
             if len(batch.imgs):
                 rows = compute_rows(
@@ -90,11 +89,6 @@ class Inference(NamedTuple):
                     lambda: utils.autocast(self.args, self.device),
                 )  # fmt: skip
             yield batch.indices, rows, batch.unreadable
-
-
-class Loading(NamedTuple):  # flags of `datasets.build_loader`
-    num_workers: int
-    pin_mem: bool = True
 
 
 def load_inference(args, needs_head=False):
