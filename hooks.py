@@ -98,8 +98,7 @@ class Probe(Hook):
         log(f"probe: fits on {fit} images, tests on {test}; features of {gigabytes:.2g} GiB, on the main rank")
 
     def on_epoch_start(self, run):
-        result = self.measure(run) if run.epochs_done == 0 else None
-        if result is not None:
+        if run.epochs_done == 0 and (result := self.measure(run)):
             log("untrained encoder: " + "  ".join(f"{name} {value:.4g}" for name, value in result[0].items()))
 
     def on_evaluate(self, run):
