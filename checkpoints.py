@@ -27,7 +27,10 @@ A checkpoint is a dict, readable by `torch.load(path, weights_only=True)`:
 
 import argparse
 import contextlib
+import csv
 import errno
+import functools
+import io
 import math
 import os
 import pickle
@@ -140,24 +143,34 @@ def write_together(writers):
         os.close(folder)
 
 
+def write_text(path, text):
+    """`write_whole` of a text; names of files in it may be any bytes."""
+    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+
+
+def write_csv(file, rows):
+    """Write rows to a binary file; names of files in them may be any bytes."""
+    text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
+    csv.writer(text).writerows(rows)
+    text.flush()
+    text.detach()
+
+
 def save_together(contents):
     """torch.save {path: content} by `write_together`. Raises OSError with the path and the system's reason."""
 
-    def writer(path, content):
+    def save(path, content, file):
+        try:
+            torch.save(content, file)
+        except (OSError, RuntimeError) as error:
+            # torch reports a failed write in words of its own; the system's reason is its context
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{path}: {getattr(reason, 'strerror', None) or reason}") from error
+
+    for path, content in contents.items():
         check_loadable(content, Path(path).name)
-
-        def write(file):
-            try:
-                torch.save(content, file)
-            except (OSError, RuntimeError) as error:
-                # torch reports a failed write in words of its own; the system's reason is its context
-                reason = error.__context__ if isinstance(error.__context__, OSError) else error
-                raise OSError(f"{path}: {getattr(reason, 'strerror', None) or reason}") from error
-
-        return write
-
     try:
-        write_together({path: writer(path, content) for path, content in contents.items()})
+        write_together({path: functools.partial(save, path, content) for path, content in contents.items()})
     except OSError as error:
         if error.strerror is None:
             raise
@@ -284,18 +297,14 @@ def load_checkpoint(path):
         # The original pickles its flags as a Namespace: that one class is allowed, nothing else.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except OSError as error:
-        if error.errno in MEDIUM_ERRORS:
+    except Exception as error:  # of torch, zipfile and pickle: nearly everything
+        if isinstance(error, OSError) and error.errno in MEDIUM_ERRORS:
             raise TrainingError(f"{path}: cannot be read: {error.strerror}. Try again, or move it away") from None
-        raise damaged(path) from None
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        if name is None:
-            raise damaged(path) from None
-        problem = f"holds a {name[1]}, whose loading could run code; must hold tensors, numbers, strings, lists, dicts"
-        raise UserError(f"{path}: {problem}") from None
-    except Exception:  # of torch, zipfile and pickle: nearly everything
-        raise damaged(path) from None
+        if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
+            accepted = "must hold tensors, numbers, strings, lists, dicts"
+            raise UserError(f"{path}: holds a {found[1]}, whose loading could run code; {accepted}") from None
+        accepted = "must be a file of torch.save, uncut and unchanged"
+        raise DamagedCheckpoint(f"{path}: not a whole checkpoint; {accepted}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}; must hold a dict of weights")
     if "format" in checkpoint:
@@ -304,10 +313,6 @@ def load_checkpoint(path):
 
 
 MEDIUM_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENOMEM, errno.EINTR}
-
-
-def damaged(path):
-    return DamagedCheckpoint(f"{path}: not a whole checkpoint; must be a file of torch.save, uncut and unchanged")
 
 
 def verify_checksums(path):
@@ -320,128 +325,96 @@ def verify_checksums(path):
             raise ValueError
 
 
-def is_count(value):
-    return type(value) is int and 0 <= value < 2**48
+COUNT, SIDE, NUMBER = range(2**48), range(1, 2**16), (int, float)
 
 
-def is_number(value):
-    return type(value) in (int, float)
+def fits(value, form):
+    """Whether a value has a form, which is one of these:
+
+    a type (a bool is no int), None, a range of whole numbers, a function that says it; (A, B): one of these forms;
+    [A, B]: a list of these in turn; [A, ...]: a list of any length; {name: A, str: B}: a dict from strings, with B for
+    all other names; there `...` is the form of an entry that is absent.
+    """
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    if isinstance(form, list):
+        if not isinstance(value, list | tuple):
+            return False
+        forms = form[:1] * len(value) if form[-1] is ... else form
+        return len(forms) == len(value) and all(map(fits, value, forms))
+    if isinstance(form, dict):
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            return False
+        names, others = value.keys() | form.keys() - {str}, form.get(str, object)
+        return all(fits(value.get(name, ...), form.get(name, others)) for name in names)
+    if isinstance(form, range):
+        return type(value) is int and value in form
+    if isinstance(form, type):
+        return isinstance(value, form) and (type(value) is not bool or form in (bool, object))
+    return form(value) if callable(form) else value is form
 
 
-def is_list(value):
-    return isinstance(value, list | tuple)
-
-
-def is_strings(value):
-    return is_list(value) and all(isinstance(name, str) for name in value)
-
-
-def is_table(*kinds):
-    """A test for a dict from strings to lists of values for which these tests hold in turn."""
-
-    def accepts(value):
-        return isinstance(value, dict) and all(
-            isinstance(name, str)
-            and is_list(row)
-            and len(row) == len(kinds)
-            and all(kind(item) for kind, item in zip(kinds, row, strict=True))
-            for name, row in value.items()
-        )
-
-    return accepts
-
-
-def is_side(value):
-    return is_count(value) and 0 < value < 2**16
-
-
-def is_switch(value):
-    return type(value) is bool
-
-
-def is_channels(value):
-    return value is None or is_list(value) and value and all(is_number(x) and math.isfinite(x) for x in value)
+def number(accepts):
+    """The form of an int or float for which accepts(value) holds."""
+    return lambda value: type(value) in (int, float) and accepts(value)
 
 
 # What evaluation and tools read of a training's flags
 FLAGS_READ = {
-    "input_size": lambda value: is_side(value) or is_list(value) and len(value) in (1, 2) and all(map(is_side, value)),
-    "crop_pct": lambda value: value is None or is_number(value) and 0 < value <= 1,
-    "pixel_range": lambda value: value is None or is_list(value) and len(value) == 2 and all(map(is_number, value)),
-    "mean": is_channels,
-    "std": lambda value: is_channels(value) and all(item > 0 for item in value or ()),
-    "mask_ratio": lambda value: is_number(value) and 0 < value < 1,
-    "norm_pix_loss": is_switch,
-    "label_column": lambda value: isinstance(value, str),
-    "imagenet_default_mean_and_std": is_switch,
+    "input_size": (..., SIDE, [SIDE], [SIDE, SIDE]),
+    "crop_pct": (..., None, number(lambda value: 0 < value <= 1)),
+    "pixel_range": (..., None, [NUMBER, NUMBER]),
+    "mean": (..., None, [number(math.isfinite), ...]),
+    "std": (..., None, [number(lambda value: 0 < value < math.inf), ...]),
+    "mask_ratio": (..., number(lambda value: 0 < value < 1)),
+    "norm_pix_loss": (..., bool),
+    "label_column": (..., str),
+    "imagenet_default_mean_and_std": (..., bool),
 }
+# What can be a constructor's arguments; what concerns shapes is read from the weights instead
+CONFIG = {
+    "norm_pix_loss": (..., bool),
+    "mask_ratio": (..., float),
+    "drop_path_rate": (..., float),
+    "head_init_scale": (..., float),
+    "sparse_backend": (..., str),
+    "img_size": (..., int, [COUNT, ...]),
+    str: (bool, int, float, str, [COUNT, ...], None),
+}
+TASK = {"kind": str, "loss": str, str: (str, [NUMBER, ...])}  # what `tasks.Task.state_dict` returns
+OPTIMIZER = {"state": dict, "param_groups": [{"params": list}, ...]}
 
 
 def is_flags(value):
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        return False
-    fits = all(accepts(value[name]) for name, accepts in FLAGS_READ.items() if name in value)
-    return fits and len(value.get("mean") or ()) == len(value.get("std") or ())
+    return fits(value, FLAGS_READ) and len(value.get("mean") or ()) == len(value.get("std") or ())
 
 
-def is_config(value):
-    """Whether these can be a constructor's arguments; what concerns shapes is read from the weights instead."""
-    known = {"norm_pix_loss": bool, "mask_ratio": float, "drop_path_rate": float, "head_init_scale": float}
-    known |= {"sparse_backend": str, "img_size": (int, tuple, list)}
-    return isinstance(value, dict) and all(
-        isinstance(name, str)
-        and isinstance(item, known.get(name, (bool, int, float, str, tuple, list, type(None))))
-        and all(is_count(side) for side in (item if isinstance(item, tuple | list) else ()))
-        for name, item in value.items()
-    )
-
-
-def is_task(value):
-    """Whether this can be what `tasks.Task.state_dict` returns: strings, and lists of numbers."""
-    return (
-        isinstance(value, dict)
-        and {"kind", "loss"} <= value.keys()
-        and all(
-            isinstance(name, str) and (isinstance(item, str) or is_list(item) and all(map(is_number, item)))
-            for name, item in value.items()
-        )
-    )
-
-
-def is_optimizer_state(value):
-    groups = isinstance(value, dict) and isinstance(value.get("state"), dict) and value.get("param_groups")
-    return isinstance(groups, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
-
-
-# The entries of a checkpoint of this project that are not weights: a test and, in words, what passes it
+# The entries of a checkpoint of this project that are not weights: forms, and the same in words
 SCHEMA = {
-    "epoch": (is_count, "a whole number, at least 0"),
-    "step": (is_count, "a whole number, at least 0"),
-    "num_images": (is_count, "a whole number, at least 0"),
-    "effective_batch_size": (is_count, "a whole number, at least 0"),
-    "sample_order": (is_count, "a whole number, at least 0"),
-    "lr": (lambda value: is_number(value) and 0 <= value < math.inf, "a number, at least 0"),
-    "config": (is_config, "a dict of the network's options"),
-    "optimizer": (is_optimizer_state, "the state dict of an optimizer"),
-    "scaler": (lambda value: isinstance(value, dict), "a dict"),
-    "hooks": (lambda value: isinstance(value, dict), "a dict"),
+    "lr": (number(lambda value: 0 <= value < math.inf), "a number, at least 0"),
+    "config": (CONFIG, "a dict of the network's options"),
+    "optimizer": (OPTIMIZER, "the state dict of an optimizer"),
+    "scaler": (dict, "a dict"),
+    "hooks": (dict, "a dict"),
     "args": (is_flags, "a dict of the training's flags"),
-    "class_names": (lambda value: value is None or is_strings(value), "None or a list of strings"),
-    "task": (lambda value: value is None or is_task(value), "None or a dict with kind and loss"),
-    "unreadable_images": (is_strings, "a list of strings"),
-    "best": (is_table(is_number, is_count, is_count), "a dict of [value, epoch, measurements since]"),
-    "epoch_means": (is_table(is_number, is_count), "a dict of [sum, count]"),
-    "epoch_loss": (lambda value: isinstance(value, list | tuple), "[sum, count]"),
+    "class_names": ((None, [str, ...]), "None or a list of strings"),
+    "task": ((None, TASK), "None or a dict with kind and loss"),
+    "unreadable_images": ([str, ...], "a list of strings"),
+    "best": ({str: [NUMBER, COUNT, COUNT]}, "a dict of [value, epoch, measurements since]"),
+    "epoch_means": ({str: [NUMBER, COUNT]}, "a dict of [sum, count]"),
+    "epoch_loss": ([object, ...], "[sum, count]"),
 }
+for name in ("epoch", "step", "num_images", "effective_batch_size", "sample_order"):
+    SCHEMA[name] = COUNT, "a whole number, at least 0"
 
 
 def check_schema(checkpoint, path):
     """Raise UserError, naming the entry, for a checkpoint that this version of the project cannot have written."""
-    if not is_count(checkpoint["format"]) or checkpoint["format"] not in (1, CHECKPOINT_FORMAT):
+    if not fits(checkpoint["format"], range(1, CHECKPOINT_FORMAT + 1)):
         known = f"this version reads 1 and {CHECKPOINT_FORMAT}"
         raise UserError(f"{path}: format is {checkpoint['format']!r}; {known}: update the code")
-    for name, (accepts, accepted) in SCHEMA.items():
-        if name in checkpoint and not accepts(checkpoint[name]):
+    for name, (form, accepted) in SCHEMA.items():
+        if name in checkpoint and not fits(checkpoint[name], form):
             raise UserError(f"{path}: {name} is {str(checkpoint[name])[:60]!r}; must be {accepted}")
 
 
@@ -579,7 +552,7 @@ def compare_classes(saved, current):
     """The difference between the classes of a checkpoint and those of the data, in words."""
     saved, current = (list(names or []) for names in (saved, current))
     if len(saved) != len(current):
-        return f"has {len(saved)} classes, the data {len(current)}"
+        return f"has {utils.format_count(len(saved), 'class')}, the data {len(current)}"
     i = next(i for i in range(len(current)) if saved[i] != current[i])
     return f"has other classes than the data: number {i} is {saved[i]!r}, not {current[i]!r}"
 

@@ -225,7 +225,7 @@ def build_labelled_images(is_train, args, task=None):
 
 def find_labels(images, args):
     """The `tasks.Labels` of an image set."""
-    return tasks.Labels(images.class_names, images.targets, split_columns(args.label_column))
+    return tasks.Labels(images.class_names, images.targets, split_columns(args.label_column), images.name)
 
 
 def write_validation_list(images, args):
@@ -256,7 +256,7 @@ def build_labelled_sets(args, task=None):
         with utils.name_in_errors(f"{args.eval_data_path or args.data_path or args.data_set}, to evaluate"):
             evaluation.targets = task.read_targets(find_labels(evaluation.images, args))
     if args.nb_classes not in (None, len(task.names)):
-        raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(task.names)} classes")
+        raise UserError(f"--nb_classes {args.nb_classes}: the data has {utils.format_count(len(task.names), 'class')}")
     if args.val_fraction and evaluation is not None and args.output_dir and utils.is_main_process():
         write_validation_list(evaluation.images, args)
     return train, evaluation, task

@@ -97,7 +97,7 @@ def train_one_epoch(
 
 
 def evaluate(model, loader, task, args, give_up=lambda: False):
-    """The `tasks.Evaluation` of a model by all ranks together, exact: no image counts twice. All ranks get the same.
+    """The `Evaluation` of a model by all ranks together, exact: no image counts twice. All ranks get the same.
 
     With --eval_size the head is applied to every window as large as a training image, and its logits are averaged.
     give_up: asked at every batch; once it is true on any rank, the result is None on all (with --dist_eval).

@@ -1,4 +1,4 @@
-"""What a network makes of a data set: outputs collected over all ranks, probes of features, pictures."""
+"""What a network makes of a data set: outputs of all images, what they are worth, probes of features, pictures."""
 
 import contextlib
 import math
@@ -11,9 +11,142 @@ from PIL import Image, ImageDraw, ImageFont
 
 import utils
 from images import denormalize, normalize
-from utils import UserError
+from utils import UserError, format_count
 
 METRICS = ("probe_knn", "probe_linear")  # what `probe` measures
+
+
+# ---------------------------------------------------------------- answers, and what they are worth
+
+
+class Evaluation:
+    """Answers to every readable image of a data set, in the order of the set.
+
+    loss: mean over the images. targets (n,) or (n, K). unreadable: names of the images left out. That of a task also
+    has `metrics()`, numbers by name, `per_class()`, by name (K,) of the outputs, and `describe()`, a line without loss.
+    """
+
+    unit = "class"  # what an output is of
+    confusion = None  # or a method: (C, C) counts, row = true class, column = most probable class
+
+    def __init__(self, loss, targets, unreadable=()):
+        self.loss, self.targets, self.unreadable = loss, targets, unreadable
+
+    def __str__(self):
+        left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
+        return f"{self.describe()}  loss {self.loss:.4f}  ({format_count(len(self.targets), 'image')}{left_out})"
+
+
+class ClassEvaluation(Evaluation):
+    """targets (n,): true classes. top (n, K): the most probable classes, in falling order. loss: cross-entropy.
+
+    topk: at which k to report accuracy, precision and recall, 1 always.
+    """
+
+    def __init__(self, loss, targets, top, num_classes, topk=(1, 5), unreadable=()):
+        super().__init__(loss, targets, unreadable)
+        self.top, self.num_classes, self.topk = top, num_classes, sorted({1, *topk})
+
+    def accuracy(self, k):
+        """Percentage of the images whose class is among the k most probable."""
+        return 100 * (self.top[:, :k] == self.targets[:, None]).any(1).double().mean().item()
+
+    def metrics(self):
+        """By name: loss, and for each k the accuracy and the class means of precision and recall, in per cent."""
+        columns = self.per_class()
+        has_images = columns.pop("images") > 0  # a class without is left out of the means
+        means = {name: 100 * column[has_images].nan_to_num().mean().item() for name, column in columns.items()}
+        return {"loss": self.loss} | {f"acc{k}": self.accuracy(k) for k in self.topk} | means
+
+    def per_class(self):
+        """By name, for each class (C,): images, and precision and recall at each k; nan for 0 / 0."""
+        images = self.targets.bincount(minlength=self.num_classes)
+        columns = {"images": images}
+        for k in self.topk:
+            top = self.top[:, :k]
+            predicted = top.flatten().bincount(minlength=self.num_classes)
+            correct = self.targets[(top == self.targets[:, None]).any(1)].bincount(minlength=self.num_classes)
+            columns |= {f"precision{k}": correct.double() / predicted, f"recall{k}": correct.double() / images}
+        return columns
+
+    def confusion(self):
+        """(C, C) counts: row = true class, column = most probable class."""
+        pairs = self.targets * self.num_classes + self.top[:, 0]
+        return pairs.bincount(minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
+
+    def describe(self):
+        return "  ".join(f"top-{k} {self.accuracy(k):.2f} %" for k in self.topk)
+
+
+class MultiLabelEvaluation(Evaluation):
+    """targets (n, K): 1 for each class of an image. logits (n, K): above 0, probability 0.5, a class is predicted."""
+
+    def __init__(self, loss, targets, logits, unreadable=()):
+        super().__init__(loss, targets > 0.5, unreadable)
+        self.logits, self.predicted = logits, logits > 0
+        images, predicted = self.targets.sum(0), self.predicted.sum(0)
+        correct = (self.predicted & self.targets).sum(0).double()
+        areas = [average_precision(*pair) for pair in zip(logits.T, self.targets.T, strict=True)]
+        self.columns = {"images": images, "average_precision": torch.stack(areas), "precision": correct / predicted}
+        self.columns |= {"recall": correct / images, "f1": 2 * correct / (predicted + images)}
+
+    def per_class(self):
+        """By name, for each class (K,): images, average precision, and precision, recall and F1; nan for 0 / 0."""
+        return self.columns
+
+    def metrics(self):
+        """loss; in per cent: mAP and macro F1, means over the classes that occur, and micro F1, of all answers.
+
+        All three are 0 if no class occurs, as scikit-learn's.
+        """
+        occurs, answers = self.columns["images"] > 0, self.predicted.sum() + self.targets.sum()
+        means = (self.columns[name][occurs].mean().nan_to_num() for name in ("average_precision", "f1"))
+        mean_ap, macro = (100 * mean.item() for mean in means)
+        micro = 200 * ((self.predicted & self.targets).sum().double() / answers).nan_to_num().item()
+        return {"loss": self.loss, "mAP": mean_ap, "f1_macro": macro, "f1_micro": micro}
+
+    def describe(self):
+        return "mAP {mAP:.2f} %  F1 macro {f1_macro:.2f} %  micro {f1_micro:.2f} %".format(**self.metrics())
+
+
+def average_precision(scores, is_true):
+    """The area below precision over recall, in steps, as scikit-learn's; scores, truths (n,). nan without a truth."""
+    order = scores.argsort(descending=True)
+    scores, correct = scores[order], is_true[order].cumsum(0).double()
+    is_threshold = scores.diff(append=scores.new_full((1,), -torch.inf)) != 0  # equal scores are one
+    correct, retrieved = correct[is_threshold], is_threshold.nonzero().flatten() + 1
+    return (correct / retrieved * correct.diff(prepend=correct.new_zeros(1))).sum() / correct[-1]
+
+
+class RegressionEvaluation(Evaluation):
+    """targets and predictions (n, K), float64, in the units of the labels; names: of the targets."""
+
+    unit = "target"
+
+    def __init__(self, loss, targets, predictions, names, unreadable=()):
+        super().__init__(loss, targets, unreadable)
+        self.predictions, self.names = predictions, names
+
+    def per_class(self):
+        """By name, for each target (K,): mean absolute error, and R2 = 1 - squared errors / squares from the mean.
+
+        As scikit-learn's: R2 of a target that is the same in all images is 1 if it is predicted exactly, else 0.
+        """
+        errors, spread = self.predictions - self.targets, self.targets - self.targets.mean(0)
+        squares, same = errors.square().sum(0), self.targets.amin(0) == self.targets.amax(0)
+        r2 = torch.where(same, squares == 0, 1 - squares / spread.square().sum(0))
+        return {"mae": errors.abs().mean(0), "r2": r2}
+
+    def metrics(self):
+        """loss; R2 and MAE, means over the targets."""
+        return {"loss": self.loss} | {name: self.per_class()[name].mean().item() for name in ("r2", "mae")}
+
+    def describe(self):
+        errors = zip(self.names, self.per_class()["mae"].tolist(), strict=True)
+        return f"R2 {self.metrics()['r2']:.4f}  MAE " + ", ".join(f"{name} {error:.4g}" for name, error in errors)
+
+
+# ---------------------------------------------------------------- outputs of all images
 
 
 @torch.no_grad()
@@ -58,6 +191,9 @@ def collect(function, loader, device, autocast, divided=True, give_up=lambda: Fa
         return torch.empty(0), torch.empty(0, dtype=torch.long), []
     order = torch.cat(indices).argsort()  # so that sums do not depend on how the set was divided
     return torch.cat(rows)[order], torch.cat(targets)[order], unreadable
+
+
+# ---------------------------------------------------------------- probes of features
 
 
 def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.07, give_up=lambda: False):
@@ -141,6 +277,9 @@ def probe(trunk, loaders, device, autocast, give_up=lambda: False, max_seconds=m
 
     result = utils.on_main_rank(classify)
     return None if result is None else (*result, unreadable)
+
+
+# ---------------------------------------------------------------- pictures
 
 
 @torch.no_grad()

@@ -11,9 +11,8 @@ into the list in `build_hooks` of `main_pretrain.py` or `main_finetune.py`, anyw
 """
 
 import argparse
-import csv
-import io
 import json
+import math
 import re
 import signal
 import time
@@ -26,6 +25,7 @@ import checkpoints
 import utils
 from datasets import Batch, Loader
 from flags import at_least
+from image_sets import spread
 from images import statistics_of
 from run import Hook, Hooks  # noqa: F401  (hooks.Hook, hooks.Hooks: what a hook is)
 from utils import TrainingError, UserError, log
@@ -71,9 +71,6 @@ class UnreadableImages(Hook):
     def on_start(self, run):
         self.reported = len(run.unreadable_images)
 
-    def on_evaluate(self, run):
-        self.on_log(run)
-
     def on_log(self, run):
         names = list(run.unreadable_images)
         for number, name in enumerate(names[self.reported :], start=self.reported + 1):
@@ -81,6 +78,8 @@ class UnreadableImages(Hook):
         self.reported = len(names)
         if self.reported > self.max_bad_images:
             raise UserError(f"{self.reported} images could not be read, --max_bad_images is {self.max_bad_images}")
+
+    on_evaluate = on_log
 
 
 class Probe(Hook):
@@ -99,8 +98,7 @@ class Probe(Hook):
         log(f"probe: fits on {fit} images, tests on {test}; features of {gigabytes:.2g} GiB, on the main rank")
 
     def on_epoch_start(self, run):
-        result = self.measure(run) if run.epochs_done == 0 else None
-        if result is not None:
+        if run.epochs_done == 0 and (result := self.measure(run)):
             log("untrained encoder: " + "  ".join(f"{name} {value:.4g}" for name, value in result[0].items()))
 
     def on_evaluate(self, run):
@@ -109,9 +107,8 @@ class Probe(Hook):
         result = self.measure(run)
         run.given_up = result is None
         if result is not None:
-            accuracies, _, unreadable = result
-            run.metrics |= accuracies
-            run.add_unreadable(unreadable)
+            run.metrics |= result[0]
+            run.add_unreadable(result[2])
 
     def measure(self, run):
         from evaluation import probe
@@ -186,8 +183,8 @@ class LogFile(Hook):
 
     def on_start(self, run):
         """Write the flags, and drop the lines of epochs that are trained again, as no checkpoint of them was kept."""
-        flags = json.dumps(vars(run.args), indent=1, sort_keys=True).encode()
-        checkpoints.write_whole(self.path.with_name("args.json"), lambda file: file.write(flags))
+        flags = json.dumps(vars(run.args), indent=1, sort_keys=True)
+        checkpoints.write_text(self.path.with_name("args.json"), flags)
         if self.path.exists():
             lines = self.path.read_text(errors="surrogateescape").splitlines()
             self.lines = [line for line in lines if not self.is_from_epoch(run.epoch, line)]
@@ -201,9 +198,10 @@ class LogFile(Hook):
             return False  # not a line of ours
 
     def on_epoch_end(self, run):
-        self.lines.append(json.dumps(run.metrics | {"epoch": run.epoch, "n_parameters": run.n_parameters}))
-        content = "".join(f"{line}\n" for line in self.lines).encode(errors="surrogateescape")
-        checkpoints.write_whole(self.path, lambda file: file.write(content))
+        facts = run.metrics | {"epoch": run.epoch, "n_parameters": run.n_parameters}
+        unknown = {name for name, value in facts.items() if isinstance(value, float) and not math.isfinite(value)}
+        self.lines.append(json.dumps(facts | dict.fromkeys(unknown)))  # JSON has no nan: null
+        checkpoints.write_text(self.path, "".join(f"{line}\n" for line in self.lines))
 
 
 class TensorBoard(Hook):
@@ -277,17 +275,15 @@ class Reconstructions(Hook):
 
     main_only = True
 
-    def __init__(self, dataset, output_dir, every, count=8):
-        self.dataset, self.output_dir, self.every, self.count = dataset, output_dir, every, count
+    def __init__(self, dataset, output_dir, every):
+        self.dataset, self.output_dir, self.every = dataset, output_dir, every
 
     def on_epoch_end(self, run):
         from evaluation import draw_reconstructions
 
         if not run.is_due(self.every):
             return
-        count = min(self.count, len(run.images))
-        samples = [self.dataset[0, i * len(run.images) // count, 0] for i in range(count)]
-        batch = Batch.collate(samples)
+        batch = Batch.collate([self.dataset[0, index, 0] for index in spread(range(len(run.images)), 8)])
         imgs, noise = batch.imgs.to(run.device), batch.noise.to(run.device)
         picture = draw_reconstructions(run.model, imgs, noise, statistics=statistics_of(run.args))
         save_picture(run, Path(self.output_dir) / f"reconstruction-{run.epoch:04}.png", picture)
@@ -309,10 +305,10 @@ class ClassReport(Hook):
             self.write_per_class(f"per_{evaluation.unit}{suffix}.csv", evaluation, run.class_names)
             if evaluation.confusion is None:
                 continue
-            if len(run.class_names) <= self.MAX_CLASSES:
-                self.write_confusion(f"confusion{suffix}", evaluation, run)
-            else:
+            if len(run.class_names) > self.MAX_CLASSES:
                 log(f"no confusion matrix: {len(run.class_names)} classes are more than {self.MAX_CLASSES}")
+            else:
+                self.write_confusion(f"confusion{suffix}", evaluation, run)
 
     def write_per_class(self, name, evaluation, class_names):
         columns = evaluation.per_class()
@@ -326,14 +322,10 @@ class ClassReport(Hook):
         matrix = evaluation.confusion()
         rows = [(name, *counts) for name, counts in zip(run.class_names, matrix.tolist(), strict=True)]
         self.write_csv(f"{stem}.csv", ("true class \\ predicted", *run.class_names), rows)
-        picture = draw_confusion(matrix, run.class_names)
-        save_picture(run, self.folder / f"{stem}.png", picture)
+        save_picture(run, self.folder / f"{stem}.png", draw_confusion(matrix, run.class_names))
 
     def write_csv(self, name, titles, rows):
-        text = io.StringIO()
-        csv.writer(text).writerows([titles, *rows])
-        content = text.getvalue().encode(errors="surrogateescape")
-        checkpoints.write_whole(self.folder / name, lambda file: file.write(content))
+        checkpoints.write_whole(self.folder / name, lambda file: checkpoints.write_csv(file, [titles, *rows]))
 
 
 class Profiler(Hook):
@@ -414,44 +406,37 @@ class Checkpointer(Hook):
             return False
         run.read_losses(alone=True)
         self.check_weights(run)
-        try:
-            self.write(run, run.step)
-            return True
-        except OSError as error:
-            log(f"checkpoint not saved: {error}")
-            return False
+        return self.attempt(lambda: self.write(run, run.step))
 
     def save(self, run, step=None, is_last=False):
-        """Write a checkpoint, if it is not there yet; whether that succeeded. On all ranks, at the same step.
+        """Write a checkpoint, if it is not there yet. On all ranks, at the same step.
 
         Raises TrainingError if the weights are not finite, or if it cannot be written and the run ends here (is_last).
         """
         run.read_losses()
-        return self.try_on_main_rank(run, lambda: self.write(run, step), is_last)
+        self.try_on_main_rank(run, lambda: self.write(run, step), is_last)
 
     def check_weights(self, run):
         if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():
-            raise TrainingError(
-                f"weights are not finite after step {run.step} of epoch {run.epoch}: stopped. "
-                f"{run.describe_last_checkpoint()}Try a lower --blr, or --amp_dtype bfloat16"
-            )
+            place = f"after step {run.step} of epoch {run.epoch}"
+            raise TrainingError(f"weights are not finite {place}: {run.describe_stop()}")
 
     def try_on_main_rank(self, run, write, is_last=False):
         """Call write() on the main rank; whether that succeeded. Raises as `save` does."""
         self.check_weights(run)
+        note = ". Earlier ones are kept, training continues, the next save tries again."
+        return utils.on_main_rank(lambda: self.attempt(write, note, is_last))
 
-        def attempt():
-            try:
-                write()
-                return True
-            except OSError as error:
-                if is_last:
-                    raise TrainingError(f"the last checkpoint could not be saved: {error}") from None
-                kept = "Earlier ones are kept, training continues, the next save tries again."
-                log(f"checkpoint not saved: {error}. {kept}")
-                return False
-
-        return utils.on_main_rank(attempt)
+    def attempt(self, write, note="", is_last=False):
+        """Call write(); whether that succeeded. If not, log why, with a note; raise TrainingError for the last one."""
+        try:
+            write()
+            return True
+        except OSError as error:
+            if is_last:
+                raise TrainingError(f"the last checkpoint could not be saved: {error}") from None
+            log(f"checkpoint not saved: {error}{note}")
+            return False
 
     def write(self, run, step):
         """On the main rank. Raises OSError."""

@@ -24,6 +24,12 @@ def find_images(folder):
     return [index.name(number) for number in range(len(index))]
 
 
+def spread(items, count):
+    """At most `count` of the items, at even distances."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def find_files(flag, paths):
     """These files, and all images below those that are folders. Raises UserError, naming the flag, if there is none."""
     files = [file for path in paths for file in (find_images(path) if os.path.isdir(path) else [path])]
@@ -94,7 +100,8 @@ def number_classes(source, found, class_names):
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = sorted(set(found) - set(numbers))
     if unknown:
-        problem = f"is not among the {len(numbers)} classes of the model: {sources.shorten(class_names)}"
+        classes = utils.format_count(len(numbers), "class")
+        problem = f"is not among the {classes} of the model: {sources.shorten(class_names)}"
         raise UserError(f"{source}: class {unknown[0]} ({len(unknown)} such) {problem}")
     return np.array([numbers[name] for name in found], dtype=np.int32)
 
@@ -146,6 +153,9 @@ class Digits(ImageArrays):
 
     def name(self, index):
         return f"digit {self.numbers[index]}"
+
+
+CIFARS = {"CIFAR": (100, "cifar-100-python"), "CIFAR10": (10, "cifar-10-batches-py")}
 
 
 class Cifar(ImageArrays):
@@ -219,11 +229,9 @@ def build_images(
     """
     if data_set == "DIGITS":
         return Digits(split == "train", in_chans)
-    cifars = {10: data_set == "CIFAR10" or (Path(path) / "cifar-10-batches-py").is_dir()}
-    cifars |= {100: data_set == "CIFAR" or (Path(path) / "cifar-100-python").is_dir()}
-    if any(cifars.values()):
-        num_classes = 10 if data_set == "CIFAR10" or not cifars[100] else 100
-        return Cifar(num_classes, path, split == "train", in_chans)
+    for name, (num_classes, folder) in CIFARS.items():
+        if data_set == name or data_set not in CIFARS and (Path(path) / folder).is_dir():
+            return Cifar(num_classes, path, split == "train", in_chans)
     accepted = "a folder with a folder of images for each class" if labelled else "a folder of images"
     try:
         source = sources.find_source(path, split, needed=data_set == "IMNET" or split == "val")

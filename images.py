@@ -16,6 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from index import read_file
 from models.files import find_statistics
 from sources import find_formats, in_one_line
+from utils import format_count
 
 for name in ("PIL", "tifffile"):  # print lines without the file's name; what matters they raise
     logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -72,8 +73,9 @@ def read_tiff(file, in_chans):
         converts = len(pages) == 1 and bands in (1, 3) and in_chans in COLOR_MODES
         fits = len(pages) * bands == in_chans and 1 in (len(pages), bands) or converts
         if len(shapes) > 1 or page.axes not in ("YX", "YXS", "SYX") or not fits:
-            accepted = f"1 page of {in_chans} bands, or {in_chans} pages of 1 band and one size"
-            raise ValueError(f"TIFF of {len(pages)} pages {page.shape}, {page.axes}: must be {accepted} (--in_chans)")
+            accepted = f"1 page of {format_count(in_chans, 'band')}, or {format_count(in_chans, 'page')} of 1 band"
+            found = f"{format_count(len(pages), 'page')} {page.shape}, {page.axes}"
+            raise ValueError(f"TIFF of {found}: must be {accepted} and one size (--in_chans)")
         if page.photometric not in (1, 2):  # black is 0, RGB
             raise ValueError(f"TIFF of several pages or bands in {page.photometric.name}: must be MINISBLACK or RGB")
         values, limit = page.imagelength * page.imagewidth * bands * len(pages), 2 * (Image.MAX_IMAGE_PIXELS or np.inf)
@@ -180,7 +182,10 @@ def scale_to_8_bits(array, pixel_range=None, sixteen=False):
     Raises ValueError where that would leave nothing to see: values of at most 12 bits in 16, NaN, infinite values.
     """
     if pixel_range is None and sixteen:
-        check_uses_16_bits(array.max(initial=0))
+        highest = array.max(initial=0)
+        if 0 < highest < 4096:  # its upper byte is nearly empty
+            fix = "give the range of the images, such as --pixel_range 0 4095 for 12 bits"
+            raise ValueError(f"16-bit image without a value above {highest}, of 65535: {fix}")
         return (array >> 8).astype(np.uint8)
     if array.dtype == np.uint16 and pixel_range is not None:
         return scaled_16_bits(*pixel_range)[array]
@@ -197,13 +202,6 @@ def scale_to_8_bits(array, pixel_range=None, sixteen=False):
 def scaled_16_bits(low, high):
     """(65536,) what `scale_to_8_bits` makes of each value of 16 bits: looking it up is several times as fast."""
     return scale_to_8_bits(np.arange(1 << 16), (low, high))
-
-
-def check_uses_16_bits(highest):
-    """Raise ValueError if the highest value of a 16-bit image shows that its upper byte is nearly empty."""
-    if 0 < highest < 4096:
-        fix = "give the range of the images, such as --pixel_range 0 4095 for 12 bits"
-        raise ValueError(f"16-bit image without a value above {highest}, of 65535: {fix}")
 
 
 def check_16_bit_color(image, pixel_range):

@@ -165,7 +165,7 @@ class Run:
         self.epoch_means.add(values)
 
     def end_lap(self):
-        """Close what a log line covers and return it: means, images_per_second, data_seconds a batch. On all ranks."""
+        """Close what a log line covers, `lap`: means, images_per_second, data_seconds a batch. On all ranks."""
         self.read_losses()
         images = self.lap_batches * self.args.batch_size * utils.get_world_size()
         seconds = time.perf_counter() - self.lap_start
@@ -231,7 +231,7 @@ class Run:
             if name not in self.metrics:
                 continue
             value = self.metrics[name]
-            if name not in best or not math.isfinite(best[name][0]) or is_better(name, value, best[name][0]):
+            if name not in best or is_better(name, value, best[name][0]):
                 best[name] = [value, self.epoch, 0]
             else:
                 best[name] = [*best[name][:2], best[name][2] + 1]
@@ -257,10 +257,11 @@ class Run:
             "hooks": getattr(self.hooks, "state_dict", dict)(),
         }
 
-    def describe_last_checkpoint(self):
-        """A sentence for errors; empty if there is none."""
+    def describe_stop(self):
+        """For errors: that numbers which are not finite stop the run, and what may help."""
         saved = self.args.output_dir and any(Path(self.args.output_dir).glob("checkpoint-*.pth"))
-        return "The last checkpoint is from before. " if saved else ""
+        kept = "The last checkpoint is from before. " if saved else ""
+        return f"stopped. {kept}Try a lower --blr, or --amp_dtype bfloat16"
 
     def load_state_dict(self, checkpoint):
         """Continue where a checkpoint of this project was written."""
@@ -277,6 +278,9 @@ class Run:
 
 
 def is_better(name, value, other):
+    """Whether a metric of that name is better than another value; any number is better than nan and infinity."""
+    if not (math.isfinite(value) and math.isfinite(other)):
+        return math.isfinite(value)
     is_error = any(word in name for word in ("loss", "mae", "mse", "error"))
     return value < other if is_error else value > other
 
@@ -305,7 +309,7 @@ def report_nonfinite_loss(run, loss, batch, is_local, alone):
     examples += write() if alone else utils.on_main_rank(write)
     raise TrainingError(
         f"loss is {loss} in epoch {run.epoch}, step {batch // run.args.update_freq + 1} of {run.steps_per_epoch}: "
-        f"stopped. {run.describe_last_checkpoint()}Try a lower --blr, or --amp_dtype bfloat16. Batch: {examples}"
+        f"{run.describe_stop()}. Batch: {examples}"
     )
 
 
@@ -394,7 +398,7 @@ def log_configuration(run, schedule, model_description, loader):
     args = run.args
     precision = f"{args.amp_dtype} autocast" if args.use_amp else "float32"
     compiled = ", compiled" if args.compile else ""
-    ranks = f"{utils.get_world_size()} rank{'s' * (utils.get_world_size() > 1)}"
+    ranks = utils.format_count(utils.get_world_size(), "rank")
     steps = f"{run.steps_per_epoch} steps of {effective_batch_size(args)} an epoch"
     where = f"epoch {run.epoch}, step {run.step}" if run.epochs_done else "the beginning"
     log(f"{args.model}, {model_description}")

@@ -75,8 +75,9 @@ class EpochSampler(torch.utils.data.Sampler):
 class BalancedSampler(EpochSampler):
     """As `EpochSampler`, but every class equally often: of targets (n,), n draws an epoch.
 
-    A class takes its images in an order of its own, all of them before one comes again, over several epochs if it is
-    large. The repeat in a key is the number of that round: each time an image comes it is augmented anew.
+    A class takes its images round by round, over several epochs if it is large, each round in an order of its own, in
+    which an image comes once at most: what an epoch leaves over, less than a step and a draw of each class, is passed
+    over in that round. The repeat in a key is the number of the round: each time an image comes it is augmented anew.
     """
 
     def __init__(self, targets, *args):

@@ -55,8 +55,8 @@ def in_one_line(text):
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def shorten(words, count=4):
-    return ", ".join(words[:count]) + ", ..." * (len(words) > count)
+def shorten(words):
+    return ", ".join(words[:4]) + ", ..." * (len(words) > 4)
 
 
 # ---------------------------------------------------------------- what a path leads to

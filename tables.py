@@ -25,13 +25,15 @@ def list_table(listing):
     listing.labelled = True
     for file in source.files:
         part, table = listing.add_part(file), open_file(listing.path(file))
-        image, split = (find_column(source, table.titles, options, name) for name in (content, "split"))
-        columns = find_label_columns(source, table.titles, options)
-        if image is None:
+        images, splits, columns = (
+            find_columns(source, table.titles, name, getattr(options, f"{name}_column"))
+            for name in (content, "split", "label")
+        )
+        if not images:
             default = getattr(options, f"{content}_column")
             raise UserError(f"{source}: no column {default!r} among {table.titles}; give --{content}_column")
-        splits = None if split is None else table.read(split)
-        chosen, names = choose_split(source, splits), table.read_names(image)
+        splits = table.read(splits[0]) if splits else None
+        chosen, names = choose_split(source, splits), table.read_names(images[0])
         labels = list(map(join_values, zip(*map(table.read, columns), strict=True))) or [None] * len(names)
         if len(columns) == 1 and (classes := table.class_names(columns[0])):
             listing.class_names = classes
@@ -43,25 +45,18 @@ def list_table(listing):
         )
 
 
-def find_column(source, titles, options, name):
-    """The title of a column, or None without one of its default title. Raises UserError if its flag names none."""
-    title = getattr(options, f"{name}_column")
-    if title not in titles and title != getattr(DEFAULTS, f"{name}_column"):
-        raise UserError(f"--{name}_column {title}: {source} has the columns {', '.join(titles)}")
-    return title if title in titles else None
+def find_columns(source, titles, name, given):
+    """The titles of columns that --NAME_column gives, of labels perhaps several; none if it is the default one's.
 
-
-def find_label_columns(source, titles, options):
-    """The titles of the columns of labels, of which --label_column may name several; none without the default one."""
-    columns = split_columns(options.label_column)
-    if len(columns) == 1:
-        return list(filter(None, [find_column(source, titles, options, "label")]))
+    Raises UserError for a title that is not there.
+    """
+    columns = split_columns(given) if name == "label" else [given]
     for title in columns:
-        if title not in titles:
-            raise UserError(f"--label_column {title or repr('')}: {source} has the columns {', '.join(titles)}")
+        if title not in titles and given != getattr(DEFAULTS, f"{name}_column"):
+            raise UserError(f"--{name}_column {title or repr('')}: {source} has the columns {', '.join(titles)}")
         if columns.count(title) > 1:
-            raise UserError(f"--label_column {options.label_column}: has {title} more than once; give each column once")
-    return columns
+            raise UserError(f"--{name}_column {given}: has {title} more than once; give each column once")
+    return [title for title in columns if title in titles]
 
 
 def split_columns(label_column):

@@ -5,17 +5,19 @@ evaluation, a metric that decides the best checkpoint, and a form of predictions
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoints import is_task
+from checkpoints import TASK, fits
+from evaluation import ClassEvaluation, MultiLabelEvaluation, RegressionEvaluation
 from flags import fraction_below_1
 from index import sort_labels
 from sources import SEPARATOR, shorten
-from utils import UserError, log
+from utils import UserError, format_count, log
 
 
 def add_loss_args(parser):
@@ -34,132 +36,7 @@ class Labels(NamedTuple):
     texts: list  # each label that occurs
     numbers: np.ndarray  # (n,) which of them an image has
     columns: list  # titles of the columns of a list that they come from; of several, a text joins the values
-
-
-# ---------------------------------------------------------------- evaluations
-
-
-class Evaluation:
-    """Answers to every readable image of a data set, in the order of the set.
-
-    loss: mean over the images. targets (n,) or (n, K). unreadable: names of the images left out. That of a task also
-    has `metrics()`, numbers by name, `per_class()`, by name (K,) of the outputs, and `describe()`, a line without loss.
-    """
-
-    unit = "class"  # what an output is of
-    confusion = None  # or a method: (C, C) counts, row = true class, column = most probable class
-
-    def __init__(self, loss, targets, unreadable=()):
-        self.loss, self.targets, self.unreadable = loss, targets, unreadable
-
-    def __str__(self):
-        left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
-        return f"{self.describe()}  loss {self.loss:.4f}  ({len(self.targets)} images{left_out})"
-
-
-class ClassEvaluation(Evaluation):
-    """targets (n,): true classes. top (n, K): the most probable classes, in falling order. loss: cross-entropy.
-
-    topk: at which k to report accuracy, precision and recall, 1 always.
-    """
-
-    def __init__(self, loss, targets, top, num_classes, topk=(1, 5), unreadable=()):
-        super().__init__(loss, targets, unreadable)
-        self.top, self.num_classes, self.topk = top, num_classes, sorted({1, *topk})
-
-    def accuracy(self, k):
-        """Percentage of the images whose class is among the k most probable."""
-        return 100 * (self.top[:, :k] == self.targets[:, None]).any(1).double().mean().item()
-
-    def metrics(self):
-        """By name: loss, and for each k the accuracy and the class means of precision and recall, in per cent."""
-        columns = self.per_class()
-        has_images = columns.pop("images") > 0  # a class without is left out of the means
-        means = {name: 100 * column[has_images].nan_to_num().mean().item() for name, column in columns.items()}
-        return {"loss": self.loss} | {f"acc{k}": self.accuracy(k) for k in self.topk} | means
-
-    def per_class(self):
-        """By name, for each class (C,): images, and precision and recall at each k; nan for 0 / 0."""
-        images = self.targets.bincount(minlength=self.num_classes)
-        columns = {"images": images}
-        for k in self.topk:
-            top = self.top[:, :k]
-            predicted = top.flatten().bincount(minlength=self.num_classes)
-            correct = self.targets[(top == self.targets[:, None]).any(1)].bincount(minlength=self.num_classes)
-            columns |= {f"precision{k}": correct.double() / predicted, f"recall{k}": correct.double() / images}
-        return columns
-
-    def confusion(self):
-        """(C, C) counts: row = true class, column = most probable class."""
-        pairs = self.targets * self.num_classes + self.top[:, 0]
-        return pairs.bincount(minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
-
-    def describe(self):
-        return "  ".join(f"top-{k} {self.accuracy(k):.2f} %" for k in self.topk)
-
-
-class MultiLabelEvaluation(Evaluation):
-    """targets (n, K): 1 for each class of an image. logits (n, K): above 0, probability 0.5, a class is predicted."""
-
-    def __init__(self, loss, targets, logits, unreadable=()):
-        super().__init__(loss, targets > 0.5, unreadable)
-        self.logits, self.predicted = logits, logits > 0
-        images, predicted = self.targets.sum(0), self.predicted.sum(0)
-        correct = (self.predicted & self.targets).sum(0).double()
-        areas = [average_precision(*pair) for pair in zip(logits.T, self.targets.T, strict=True)]
-        self.columns = {"images": images, "average_precision": torch.stack(areas), "precision": correct / predicted}
-        self.columns |= {"recall": correct / images, "f1": 2 * correct / (predicted + images)}
-
-    def per_class(self):
-        """By name, for each class (K,): images, average precision, and precision, recall and F1; nan for 0 / 0."""
-        return self.columns
-
-    def metrics(self):
-        """loss; in per cent: mAP and macro F1, means over the classes that occur, and micro F1, of all answers."""
-        occurs, answers = self.columns["images"] > 0, self.predicted.sum() + self.targets.sum()
-        mean_ap, macro = (100 * self.columns[name][occurs].mean().item() for name in ("average_precision", "f1"))
-        micro = 200 * ((self.predicted & self.targets).sum().double() / answers).nan_to_num().item()
-        return {"loss": self.loss, "mAP": mean_ap, "f1_macro": macro, "f1_micro": micro}
-
-    def describe(self):
-        return "mAP {mAP:.2f} %  F1 macro {f1_macro:.2f} %  micro {f1_micro:.2f} %".format(**self.metrics())
-
-
-def average_precision(scores, is_true):
-    """The area below precision over recall, in steps, as scikit-learn's; scores, truths (n,). nan without a truth."""
-    order = scores.argsort(descending=True)
-    scores, correct = scores[order], is_true[order].cumsum(0).double()
-    is_threshold = scores.diff(append=scores.new_full((1,), -torch.inf)) != 0  # equal scores are one
-    correct, retrieved = correct[is_threshold], is_threshold.nonzero().flatten() + 1
-    return (correct / retrieved * correct.diff(prepend=correct.new_zeros(1))).sum() / correct[-1]
-
-
-class RegressionEvaluation(Evaluation):
-    """targets and predictions (n, K), float64, in the units of the labels; names: of the targets."""
-
-    unit = "target"
-
-    def __init__(self, loss, targets, predictions, names, unreadable=()):
-        super().__init__(loss, targets, unreadable)
-        self.predictions, self.names = predictions, names
-
-    def per_class(self):
-        """By name, for each target (K,): mean absolute error, and R2 = 1 - squared errors / squares from the mean.
-
-        As scikit-learn's: R2 of a target that is the same in all images is 1 if it is predicted exactly, else 0.
-        """
-        errors, spread = self.predictions - self.targets, self.targets - self.targets.mean(0)
-        squares, same = errors.square().sum(0), self.targets.amin(0) == self.targets.amax(0)
-        r2 = torch.where(same, squares == 0, 1 - squares / spread.square().sum(0))
-        return {"mae": errors.abs().mean(0), "r2": r2}
-
-    def metrics(self):
-        """loss; R2 and MAE, means over the targets."""
-        return {"loss": self.loss} | {name: self.per_class()[name].mean().item() for name in ("r2", "mae")}
-
-    def describe(self):
-        errors = zip(self.names, self.per_class()["mae"].tolist(), strict=True)
-        return f"R2 {self.metrics()['r2']:.4f}  MAE " + ", ".join(f"{name} {error:.4g}" for name, error in errors)
+    name: Callable = str  # of an image by its number, for errors
 
 
 # ---------------------------------------------------------------- tasks
@@ -175,11 +52,11 @@ class Task:
         build_loss(smoothing, targets, device)
                                     criterion(outputs (N, K), targets (N, K) or (N,), also mixed) -> scalar. targets:
                                     all of the training set, to weigh classes by their counts, or None.
-        metric_names(topk)          class method: the names of `Evaluation.metrics`.
+        metric_names(topk)          class method: the names of `metrics()` of its evaluation.
         measure(outputs, targets, topk)
                                     (n, 1 + D): loss of each image, and what else `evaluate` needs.
         evaluate(rows, targets, topk, unreadable)
-                                    the `Evaluation` of such rows of all images.
+                                    the `evaluation.Evaluation` of such rows of all images.
         predict(outputs)            (n, K) as people read them: probabilities, or numbers in the units of the labels.
         titles(topk), cells(row, topk), describe_row(row, topk)
                                     of a table of predictions, and a row of it in one line.
@@ -246,7 +123,7 @@ class Classification(Task):
 
     def read_targets(self, labels):
         if len(labels.texts) != len(self.names):
-            raise ValueError(f"the data has {len(labels.texts)} classes, the model {len(self.names)}")
+            raise ValueError(f"the data has {format_count(len(labels.texts), 'class')}, the model {len(self.names)}")
         return labels.numbers
 
     def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
@@ -307,7 +184,7 @@ class Classification(Task):
         return ", ".join(f"{name} {100 * p:.1f} %" for name, p in self.split_row(row)[:topk])
 
     def __str__(self):
-        return f"{len(self.names)} classes"
+        return format_count(len(self.names), "class")
 
 
 class MultiLabel(Classification):
@@ -335,15 +212,14 @@ class MultiLabel(Classification):
 
     def encode(self, labels):
         if len(labels.columns) > 1:
-            check_columns(labels.columns, self.names)
-            return parse_numbers(labels.texts, len(self.names), "0 or 1", (0, 1)).astype(np.float32)
+            return parse_numbers(labels, self.names, "0 or 1", (0, 1)).astype(np.float32)
         numbers = {name: number for number, name in enumerate(self.names)}
         table = np.zeros((len(labels.texts), len(self.names)), dtype=np.float32)
         for row, text in zip(table, labels.texts, strict=True):
             for name in split_names(text):
                 if name not in numbers:
-                    known = f"is not among the {len(numbers)} classes of the model: {shorten(self.names)}"
-                    raise ValueError(f"class {name} {known}")
+                    known = f"{format_count(len(numbers), 'class')} of the model: {shorten(self.names)}"
+                    raise ValueError(f"class {name} is not among the {known}")
                 row[numbers[name]] = 1
         return table
 
@@ -392,7 +268,7 @@ class MultiLabel(Classification):
         return f"{self.find_classes(row) or 'none'} ({super().describe_row(row, topk)})"
 
     def __str__(self):
-        return f"{len(self.names)} classes, any number an image"
+        return f"{super().__str__()}, any number an image"
 
 
 class Regression(Task):
@@ -405,7 +281,8 @@ class Regression(Task):
         self.mean, self.std = list(mean), list(std)
         finite = np.isfinite(self.mean + self.std).all() and min(self.std) > 0
         if not finite or not len(self.names) == len(self.mean) == len(self.std):
-            raise ValueError(f"{len(self.names)} targets with means {mean} and deviations {std}")
+            count = format_count(len(self.names), "target")
+            raise ValueError(f"{count} with means {mean} and deviations {std}")
 
     @property
     def best(self):
@@ -414,9 +291,9 @@ class Regression(Task):
 
     @classmethod
     def fit(cls, loss, labels):
-        count = max(len(labels.columns), len(split_values(labels.texts[0])))
+        count = max(len(labels.columns), len(split_values(labels.texts[0], labels.columns)))
         names = labels.columns if len(labels.columns) == count else [f"{labels.columns[0]}{k}" for k in range(count)]
-        values = parse_numbers(labels.texts, count, f"a number for --loss {loss}")[labels.numbers]
+        values = parse_numbers(labels, names, f"a number for --loss {loss}")[labels.numbers]
         for name, least, most in zip(names, values.min(0), values.max(0), strict=True):
             if least == most:
                 raise ValueError(f"{name} is {least:g} in all images: nothing to predict")
@@ -436,9 +313,7 @@ class Regression(Task):
         return super().state_dict() | {"mean": self.mean, "std": self.std}
 
     def encode(self, labels):
-        if len(labels.columns) > 1:
-            check_columns(labels.columns, self.names)
-        values = parse_numbers(labels.texts, len(self.names), "a number")
+        values = parse_numbers(labels, self.names, "a number")
         return ((values - self.mean) / self.std).astype(np.float32)
 
     def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
@@ -496,7 +371,7 @@ def restore_task(checkpoint):
     """The task of a checkpoint; None for classes without names. Raises ValueError for one that is unknown here."""
     state, names = checkpoint.get("task") or {"kind": Classification.kind, "loss": "ce"}, checkpoint.get("class_names")
     known = {task.kind: task for task in TASKS}
-    if is_task(state) and state["kind"] in known and state["loss"] in known[state["kind"]].losses:
+    if fits(state, TASK) and state["kind"] in known and state["loss"] in known[state["kind"]].losses:
         if names is None and state["kind"] == Classification.kind:
             return None
         with contextlib.suppress(TypeError):  # other arguments
@@ -511,26 +386,29 @@ def split_names(text):
     return [name.strip() for name in text.split(SEPARATOR) if name.strip()]
 
 
-def split_values(text):
-    return text.removesuffix(SEPARATOR).split(SEPARATOR)
+def split_values(text, columns):
+    """The values in a label; in that of a single column, a list of one value ends with the separator."""
+    return (text if len(columns) > 1 else text.removesuffix(SEPARATOR)).split(SEPARATOR)
 
 
-def check_columns(columns, names):
-    if list(columns) != list(names):
-        raise ValueError(f"columns {', '.join(columns)}: must be those of the model, {', '.join(names)}, in this order")
+def parse_numbers(labels, names, accepted, values=None):
+    """(L, K) float64: the numbers in each label. names: of the targets, and of the columns if these are several.
 
-
-def parse_numbers(texts, count, accepted, values=None):
-    """(L, count) float64: the numbers in each text. Raises ValueError for one that is not finite or not of `values`.
-
-    accepted: what is, in words.
+    Raises ValueError for other columns, and for a number that is not finite or not of `values`; accepted: those that
+    are, in words.
     """
-    table = np.full((len(texts), count), np.nan)
-    for row, text in zip(table, texts, strict=True):
-        words = split_values(text)
+    columns, count = labels.columns, len(names)
+    if len(columns) > 1 and columns != names:
+        raise ValueError(f"columns {', '.join(columns)}: must be those of the model, {', '.join(names)}, in this order")
+    table = np.full((len(labels.texts), count), np.nan)
+    for number, (row, text) in enumerate(zip(table, labels.texts, strict=True)):
+        words = split_values(text, columns)
         if len(words) != count:
-            raise ValueError(f"label {text}: has {len(words)} values, not {count}")
+            raise ValueError(f"label {text}: has {format_count(len(words), 'value')}, not {count}")
         for place, word in enumerate(words):
+            if not word.strip() and len(columns) > 1:
+                example = next(map(labels.name, np.flatnonzero(labels.numbers == number)), f"label {text}")
+                raise ValueError(f"{example}: column {columns[place]} is empty: must be {accepted}")
             with contextlib.suppress(ValueError):
                 row[place] = float({"True": 1, "False": 0}.get(word, word))
             if not np.isfinite(row[place]) or values and row[place] not in values:

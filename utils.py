@@ -79,31 +79,28 @@ def run_main(main, args, name):
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
-        main(args)
-        shutdown_workers()  # which something may still hold
+        try:
+            main(args)
+        finally:
+            shutdown_workers()  # which something may still hold, or one of which may be stalled
         leave_process_group()
     except KeyboardInterrupt:
-        shutdown_workers()
         log("stopped by Ctrl-C at once; nothing more was saved")
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
-        shutdown_workers()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         sys.exit(128 + signal.SIGPIPE)
     except (UserError, TrainingError) as error:
-        shutdown_workers()
         sys.stdout.flush()
         report(name, error)
         leave_process_group()
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
-        shutdown_workers()  # one may be stalled
         requeue(stopped)
         sys.exit(stopped.status)
     except Exception:
         if get_world_size() > 1:
             print(f"rank {get_rank()} of {get_world_size()}, on {socket.gethostname()}, failed:", file=sys.stderr)
-        shutdown_workers()
         raise
 
 
@@ -150,6 +147,11 @@ def requeue(stopped):
             os._exit(stopped.status)
         barrier()  # launchers kill the other ranks as soon as one has left
         leave_process_group()
+
+
+def format_count(count, noun):
+    """1 class, 2 classes, 3 images."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
 def log(*words):

@@ -428,6 +428,13 @@ def test_a_picture_that_cannot_be_written_leaves_no_empty_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_log_lines_are_json_whatever_was_measured(run, tmp_path):
+    run.metrics = {"test_loss": float("inf"), "test_mAP": float("nan"), "train_loss": 0.5}
+    hooks.LogFile(tmp_path).on_epoch_end(run)
+    line = json.loads((tmp_path / "log.txt").read_text(), parse_constant=pytest.fail)
+    assert line == {"test_loss": None, "test_mAP": None, "train_loss": 0.5, "epoch": 0, "n_parameters": 6}
+
+
 def test_the_best_value_is_the_first_of_equals_and_never_nan(run):
     def judge(watch, *values):
         run.watched, run.best = [watch], {}

@@ -276,13 +276,13 @@ def test_a_tiff_of_bands_is_turned_upright(tmp_path, orientation):
 @pytest.mark.parametrize(
     "shape, options, in_chans, message",
     [
-        ((5, 8, 8), {}, 1, r"TIFF of 5 pages \(8, 8\), YX: must be 1 page of 1 bands, or 1 pages of 1 band"),
+        ((5, 8, 8), {}, 1, r"TIFF of 5 pages \(8, 8\), YX: must be 1 page of 1 band, or 1 page of 1 band and"),
         ((5, 8, 8), {}, 4, r"TIFF of 5 pages \(8, 8\)"),
         ((8, 9, 5), {}, 5, r"TIFF of 8 pages \(9, 5\)"),  # which tifffile takes for pages
-        ((8, 8), {}, 5, r"TIFF of 1 pages \(8, 8\)"),
-        ((8, 8, 3), {"photometric": "rgb"}, 5, r"TIFF of 1 pages \(8, 8, 3\), YXS: must be 1 page of 5 bands"),
+        ((8, 8), {}, 5, r"TIFF of 1 page \(8, 8\)"),
+        ((8, 8, 3), {"photometric": "rgb"}, 5, r"TIFF of 1 page \(8, 8, 3\), YXS: must be 1 page of 5 bands"),
         ((2, 8, 8, 3), {"photometric": "rgb"}, 6, r"TIFF of 2 pages \(8, 8, 3\)"),
-        ((8, 8, 2), {"planarconfig": "contig"}, 1, r"TIFF of 1 pages \(8, 8, 2\)"),
+        ((8, 8, 2), {"planarconfig": "contig"}, 1, r"TIFF of 1 page \(8, 8, 2\)"),
         ((5, 8, 8), {"photometric": "miniswhite"}, 5, "in MINISWHITE: must be MINISBLACK or RGB"),
     ],
 )

@@ -14,9 +14,9 @@ ORDER = """
     models.mlp models.depthwise models.weights models.cost models.convnextv2
     models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags
     sources tables shards index images image_sets optim_factory run checkpoints
-    augmentations tasks samplers
+    augmentations evaluation tasks samplers
     datasets
-    evaluation engine_pretrain engine_finetune
+    engine_pretrain engine_finetune
     hooks
     main_pretrain main_finetune submitit_pretrain submitit_finetune
 """.split()

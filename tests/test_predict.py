@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import utils
 from images import normalize
 from models.convnextv2 import ConvNeXtV2
 from models.files import INCEPTION_STATISTICS
+from tools.inference import FileDataset
 from tools.journal import Journal
 from tools.sheet import draw_sheet
 
@@ -96,6 +98,14 @@ def test_predictions_are_a_line_an_image_with_names_probabilities_and_errors(too
         assert (error, pairs[::2]) == ("", [NAMES[i] for i in top.indices])
         assert list(map(float, pairs[1::2])) == pytest.approx(top.values.tolist(), abs=1e-4)
     assert os.listdir(tmp_path) == ["out.csv"]
+
+
+def test_the_error_of_an_image_is_quoted_whole():
+    def fail(index):
+        raise ValueError("2 pages (--in_chans)")
+
+    images = types.SimpleNamespace(name=lambda index: "a (1).png", open=fail)
+    assert FileDataset(images, None)[3] == (None, None, None, [(3, "ValueError: 2 pages (--in_chans)")])
 
 
 @torch.no_grad()

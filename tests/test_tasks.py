@@ -29,19 +29,10 @@ import shards
 import tasks
 from datasets import build_labelled_sets
 from engine_finetune import build_mixup
+from evaluation import ClassEvaluation, MultiLabelEvaluation, RegressionEvaluation
 from run import is_better
 from samplers import BalancedSampler
-from tasks import (
-    ClassEvaluation,
-    Classification,
-    Labels,
-    MultiLabel,
-    MultiLabelEvaluation,
-    Regression,
-    RegressionEvaluation,
-    find_task,
-    restore_task,
-)  # fmt: skip
+from tasks import Classification, Labels, MultiLabel, Regression, find_task, restore_task
 from tools import convert, predict, probe
 
 
@@ -98,6 +89,12 @@ def test_several_classes_an_image_are_judged_as_by_scikit_learn():
     assert str(result).endswith("loss 0.5000  (50 images)")
 
 
+def test_an_evaluation_without_a_class_is_the_worst_there_is():
+    """Not nan, which no later epoch is better than."""
+    metrics = MultiLabelEvaluation(0.5, torch.zeros(4, 2), torch.randn(4, 2)).metrics()
+    assert metrics == {"loss": 0.5, "mAP": 0, "f1_macro": 0, "f1_micro": 0}
+
+
 def test_numbers_are_judged_as_by_scikit_learn():
     true, predicted = torch.randn(40, 3, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
     true[:, 2] = 7  # the same in all images
@@ -108,8 +105,10 @@ def test_numbers_are_judged_as_by_scikit_learn():
     assert list(result.metrics()) == Regression.metric_names(None)
 
 
-def test_a_smaller_error_is_better():
+def test_a_smaller_error_is_better_and_every_number_than_nan():
     assert is_better("test_mae", 1, 2) and is_better("test_loss", 1, 2) and is_better("test_r2", 2, 1)
+    nan = float("nan")
+    assert is_better("loss", 1, nan) and not is_better("loss", nan, 1) and not is_better("loss", nan, nan)
 
 
 # ---------------------------------------------------------------- losses
@@ -193,6 +192,17 @@ def test_a_balanced_epoch_has_every_class_equally_often_and_every_image_of_it():
     assert np.bincount(later, minlength=48)[:40].tolist() == [2] * 40  # over epochs
 
 
+def test_a_balanced_round_has_an_image_once_at_most_and_passes_over_less_than_a_step():
+    targets = np.repeat([0, 1, 2], [40, 6, 3])  # 49 images: neither whole steps of 4, nor 3 x 16
+    sampler, keys = BalancedSampler(targets, 4, 1, 7), []
+    for epoch in range(10):
+        sampler.set_position(epoch, 0)
+        keys += [key[1:] for batch in sampler for key in batch]
+    assert len(set(keys)) == len(keys) == 10 * 48
+    for index in range(40):  # 17 draws of each class an epoch, of which less than 1 + 3 fail to come
+        assert sum(key[0] == index for key in keys) <= 5 and sum(key[0] < 40 for key in keys) > 10 * (17 - 4)
+
+
 def test_a_balanced_order_is_a_function_of_seed_and_epoch_however_it_is_divided():
     whole = epoch_keys(3)
     assert epoch_keys(3, step=5) == whole[5:] and epoch_keys(4) != whole
@@ -230,10 +240,10 @@ def test_labels_are_read_as_the_loss_and_the_columns_say():
         ("ce", "label", ["a"], "has one class only, a: nothing to tell apart"),
         ("bce", "label", ["a;b", "b;a"], "all images have the same classes, a, b: nothing"),
         ("bce", "x,y", ["1;2", "0;1"], "label 2: must be 0 or 1"),
-        ("bce", "x,y", ["1;", "0;1"], "label 1;: has 1 values, not 2"),
+        ("bce", "x,y", ["1;", "0;1"], "0: column y is empty: must be 0 or 1"),
         ("mse", "label", ["1", "cat"], "label cat: must be a number for --loss mse"),
         ("l1", "label", ["nan", "1"], "label nan: must be a number for --loss l1"),
-        ("mse", "x,y", [";1", "2;1"], "label ;1: must be a number"),
+        ("mse", "x,y", ["2;1", ";1"], "1: column x is empty: must be a number"),
         ("mse", "label", ["inf", "1"], "label inf: must be a number"),
         ("mse", "x,y", ["1;0.1", "2;0.10", "3;1e-1"], "y is 0.1 in all images: nothing to predict"),
     ],
@@ -245,8 +255,9 @@ def test_labels_that_make_no_task_are_named(loss, columns, texts, message):
 
 def test_labels_must_be_those_of_the_model():
     labels = Labels(["cat;dog"], np.array([0]), ["label"])
-    with pytest.raises(ValueError, match="^class dog is not among the 2 classes of the model: cat, owl"):
-        MultiLabel("bce", ["cat", "owl"]).read_targets(labels)
+    for names, known in ((["cat", "owl"], "2 classes of the model: cat, owl"), (["cat"], "1 class of the model: cat")):
+        with pytest.raises(ValueError, match=f"^class dog is not among the {known}"):
+            MultiLabel("bce", names).read_targets(labels)
     with pytest.raises(ValueError, match="^columns x, y: must be those of the model, y, x, in this order"):
         Regression("mse", ["y", "x"], [0, 0], [1, 1]).read_targets(Labels(["1;2"], np.array([0]), ["x", "y"]))
     with pytest.raises(ValueError, match="^its task is .*'segmentation'.*; known are multi-label"):
@@ -541,6 +552,7 @@ def test_a_head_of_the_same_task_is_kept(trained, finetune, table, tmp_path):
         ("--class_weights some", "invalid choice: 'some'"),
         ("--label_column red --class_weights balanced --shuffle balanced", "balanced: each balances the classes"),
         ("--label_column empty --loss mse --data_path odd", "1.png has no label (--label_column empty)"),
+        ("--label_column same,empty --loss mse --data_path odd", "1.png: column empty is empty: must be a number"),
         ("--label_column missing --loss mse --data_path odd", "label nan: must be a number"),
         ("--label_column same --loss mse --data_path odd", "same is 3 in all images"),
     ],

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 import flags
-from image_sets import Digits, find_files, read_files
+from image_sets import Digits, find_files, read_files, spread
 from images import COLOR_MODES
 from models.utils import GRN
 from tools import common
@@ -109,12 +109,6 @@ def read_images(args, in_chans, transform):
         return found
     chosen = spread(find_files("--images", args.images), args.num_images)
     return [image for _, image in read_files("--images", chosen, in_chans, transform)]
-
-
-def spread(items, count):
-    """At most `count` of the items, at even distances."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def print_tables(curves):

@@ -24,7 +24,7 @@ import torch
 
 import flags
 import utils
-from checkpoints import load_checkpoint, save_together, write_whole
+from checkpoints import load_checkpoint, save_together, write_text, write_whole
 from models import convnextv2, files, weights
 from tools.common import add_model_key_arg
 from utils import UserError
@@ -84,14 +84,10 @@ def write_huggingface(output, state, checkpoint):
     )  # fmt: skip
     Path(output).mkdir(exist_ok=True)
     for name, content in (("config", config), ("preprocessor_config", preprocessor)):
-        write_whole(Path(output) / f"{name}.json", lambda file, content=content: file.write(json_bytes(content)))
+        write_text(Path(output) / f"{name}.json", json.dumps(content, indent=2) + "\n")
     tensors = {name: value.contiguous() for name, value in converted.items()}
     write_whole(Path(output) / "model.safetensors", lambda file: file.write(save(tensors, {"format": "pt"})))
     return converted
-
-
-def json_bytes(content):
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 class Features(torch.nn.Module):
@@ -146,13 +142,11 @@ WRITERS = {  # by --to: write(output, dense state, checkpoint) returns the tenso
 
 
 def main(args):
-    output = Path(args.output)
     checkpoint = load_checkpoint(args.input)
-    if output.exists() and output.resolve() == Path(args.input).resolve():
+    if Path(args.output).exists() and Path(args.output).resolve() == Path(args.input).resolve():
         raise UserError(f"OUT {args.output}: is the same file as IN; choose another name")
     with utils.name_in_errors(args.input):
         state, decoder = weights.split_decoder(weights.find_weights(checkpoint, args.model_key))
-    with utils.name_in_errors(args.input):
         convnextv2.from_checkpoint(checkpoint, args.model_key)  # every key has its place
         sizes = weights.network_config(state)
     try:

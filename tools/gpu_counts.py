@@ -11,7 +11,9 @@ if caches held nothing. What a kernel keeps for itself (sums of its programs) is
 """
 
 import collections
+import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,8 +36,6 @@ SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "_unique", "masked_select", "
 ALLOCATING = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "_unsafe_view", "lift_fresh")
 READING_WHAT_THEY_GIVE = ("index_select", "gather", "index")  # of their first input
 WRITING_ONLY = ("copy_", "zero_", "fill_", "index_copy_", "zeros_like", "ones_like", "full_like", "new_zeros")
-
-
 SIDES = (7, 14, 28, 56)  # of the stages' maps: if one is the innermost axis, channels are not
 
 
@@ -73,25 +73,21 @@ def tensors(tree):
 
 
 def count_bytes(name, inputs, outputs):
-    inputs = {id(x): x for x in inputs}.values()
-    read = sum(map(size, inputs))
+    sizes = [size(x) for x in {id(x): x for x in inputs}.values()]
     written = sum(map(size, outputs))
-    if inputs and name in READING_WHAT_THEY_GIVE:
-        first = next(iter(inputs))
-        read += min(written, size(first)) - size(first)
-    if inputs and name in WRITING_ONLY:
-        read -= size(next(iter(inputs)))
+    if sizes and name in READING_WHAT_THEY_GIVE:
+        sizes[0] = min(written, sizes[0])
+    if sizes and name in WRITING_ONLY:
+        sizes[0] = 0
     if name == "index_copy_":  # writes what it was given, at other places
-        written = size(list(inputs)[-1])
-    return read + written
+        written = sizes[-1]
+    return sum(sizes) + written
 
 
 def size(x):
     """Bytes of memory that a tensor touches: what is expanded counts once."""
-    count = 1
-    for length, stride in zip(x.shape, x.stride(), strict=True):
-        count *= length if stride else 1
-    return count * x.element_size()
+    lengths = (length for length, stride in zip(x.shape, x.stride(), strict=True) if stride)
+    return math.prod(lengths) * x.element_size()
 
 
 # ---- The step
@@ -124,15 +120,12 @@ def count_eager(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     optimizer.zero_grad()
     phases = {}
-    for phase in ("forward", "backward", "optimizer"):
-        with Traffic() as phases[phase]:
-            if phase == "forward":
-                loss = compute_loss()
-            elif phase == "backward":
-                loss.backward()
-            else:
-                with torch.device("cuda"):
-                    optimizer.step()
+    with Traffic() as phases["forward"]:
+        loss = compute_loss()
+    with Traffic() as phases["backward"]:
+        loss.backward()
+    with Traffic() as phases["optimizer"], torch.device("cuda"):
+        optimizer.step()
     report = summarize({name: traffic.bytes for name, traffic in phases.items()}, args)
     report["operations"] = sum(traffic.operations for traffic in phases.values())
     report["dtypes_of_gradients"] = sorted({str(p.grad.dtype).removeprefix("torch.") for p in model.parameters()})
@@ -270,11 +263,9 @@ def count_kernels(args):
 
 def run_pretending(command, folder):
     """Run a command in whose process torch and Triton see an H100. Raises UserError where there is no C compiler."""
-    include = subprocess.run(
-        [sys.executable, "-c", "import triton; print(triton.__path__[0])"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    include = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/include"
     source = Path(__file__).with_name("pretended_gpu.c")
-    build = ["cc", "-shared", "-fPIC", "-w", f"-I{include}/backends/nvidia/include", source]
+    build = ["cc", "-shared", "-fPIC", "-w", f"-I{include}", source]
     try:
         subprocess.run([*build, "-DRUNTIME", "-o", f"{folder}/runtime.so"], check=True)
         subprocess.run([*build, "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"], check=True)

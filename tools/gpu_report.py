@@ -9,6 +9,7 @@ printed.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import multiprocessing
@@ -24,8 +25,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import flags
+from checkpoints import write_text
 from flags import Switch, at_least
 from models import fcmae, triton_switch
 from tools import benchmark, contestants
@@ -39,10 +42,15 @@ GOAL = 4000  # images a second of base
 
 
 def settings(args, **changes):
-    """What `contestants.make_step` reads: of a real report, or of a dry one."""
-    small = dict(device="cpu", input_size=64, dtype="float32", model="convnextv2_atto", batch_size=2, steps=2)
+    """What `contestants.make_step` reads, for a real report; for a dry one all is small."""
     real = dict(device="cuda", input_size=224, dtype="bfloat16", model="convnextv2_base", batch_size=256, steps=20)
-    return Namespace(**((small if args.dry else real) | dict(mask_ratio=0.6, part="step", compile=True) | changes))
+    small = dict(device="cpu", input_size=64, dtype="float32", model="convnextv2_atto", batch_size=2, steps=2)
+    return Namespace(**dict(mask_ratio=0.6, part="step", compile=True) | real | changes | (small if args.dry else {}))
+
+
+def times_ms(step, device, count, warm_up):
+    """The milliseconds of `count` steps after some of warm-up."""
+    return [benchmark.time_ms(step, device) for _ in range(warm_up + count)][warm_up:]
 
 
 def halve_until_it_fits(measure, batch_size):
@@ -62,16 +70,18 @@ def halve_until_it_fits(measure, batch_size):
 
 
 def time_step(given, contestant):
-    """Images a second of a contestant: median of the steps after 5 of warm-up, and peak memory."""
+    """Images a second of a contestant, not compiled on a CPU: median of the steps after 5, and peak memory."""
+    on_gpu = given.device == "cuda"
 
     def measure(batch_size):
-        step = contestants.make_step(given.model, contestant, batch_size, given)
+        name = contestant if on_gpu else contestant.removesuffix(" compiled")
+        step = contestants.make_step(given.model, name, batch_size, given)
         for _ in range(5):
             step()
-        if given.device == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        times = [benchmark.time_ms(step, given.device) for _ in range(given.steps)]
-        peak = round(torch.cuda.max_memory_allocated() / 2**20) if given.device == "cuda" else None
+        times = times_ms(step, given.device, given.steps, warm_up=0)
+        peak = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
         median = statistics.median(times)
         spread = dict(fastest_ms=min(times), slowest_ms=max(times))
         return dict(images_per_s=round(1e3 * batch_size / median, 1), median_ms=median, **spread, peak_mib=peak)
@@ -106,16 +116,14 @@ def ceilings(args):
     """A large copy, and large matrix products."""
     device, side = ("cpu", 256) if args.dry else ("cuda", 8192)
     report = {}
-    for name, dtype, tf32 in (
-        ("bfloat16", torch.bfloat16, True), ("tf32", torch.float32, True), ("float32", torch.float32, False)
-    ):  # fmt: skip
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    for name, dtype in dict(bfloat16=torch.bfloat16, tf32=torch.float32, float32=torch.float32).items():
+        torch.backends.cuda.matmul.allow_tf32 = name != "float32"
         a = torch.randn(side, side, device=device, dtype=dtype)
         b = torch.empty_like(a)
-        ms = [benchmark.time_ms(lambda a=a, b=b: torch.mm(a, a, out=b), device) for _ in range(12)][2:]
-        report[f"{name}_tflops"] = round(2 * side**3 / 1e9 / statistics.median(ms), 2)
-    ms = [benchmark.time_ms(lambda: b.copy_(a), device) for _ in range(12)][2:]
-    return report | dict(copy_gb_per_s=round(2 * a.nbytes / 1e6 / statistics.median(ms), 1))
+        ms = statistics.median(times_ms(functools.partial(torch.mm, a, a, out=b), device, 10, warm_up=2))
+        report[f"{name}_tflops"] = round(2 * side**3 / 1e9 / ms, 2)
+    ms = statistics.median(times_ms(lambda: b.copy_(a), device, 10, warm_up=2))
+    return report | dict(copy_gb_per_s=round(2 * a.nbytes / 1e6 / ms, 1))
 
 
 def kernels(args):
@@ -146,45 +154,40 @@ def kernels_are_right(args):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for operator, inputs in kernels.calls(device, dtype) + mlp_kernels.calls(device, dtype):
             exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
-            pairs = zip(flatten(operator(*inputs)), flatten(operator._init_fn(*exact)), strict=True)
+            pairs = zip(tree_leaves(operator(*inputs)), tree_leaves(operator._init_fn(*exact)), strict=True)
             gaps = [((x.double() - y).abs().max() / y.abs().max()).item() for x, y in pairs]
             report[f"{operator._name} {str(dtype).removeprefix('torch.')}"] = max(gaps)
     return report
 
 
-def flatten(x):
-    return [x] if torch.is_tensor(x) else list(x)
-
-
 def equals_dense_masked(args):
     """A step of atto against the dense masked reference: float32 without TF32, and bfloat16 against its own error."""
-    given = settings(args, model="convnextv2_atto")
+    given = settings(args)
     report, exact = {}, None
     for dtype in ("float32", "bfloat16"):
-        results = {}
-        for contestant in ("dense masked", "packed"):
-            model = to_device(contestants.build_fcmae(given.model, contestant, given.input_size), given.device)
+        for name, contestant in dict(dense="dense masked", packed="packed").items():
+            model = to_device(contestants.build_fcmae("convnextv2_atto", contestant, given.input_size), given.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            generator = torch.Generator().manual_seed(1)
-            imgs = torch.randn(4, 3, given.input_size, given.input_size, generator=generator).to(given.device)
-            noise = torch.rand(4, model.num_patches(imgs), generator=generator).to(given.device)
+            imgs, noise = draw_batch(model, given)
             with torch.autocast(given.device, torch.bfloat16, enabled=dtype == "bfloat16"):
                 loss = model(imgs, noise=noise)[0]
             loss.backward()
-            results[contestant] = torch.cat([p.grad.flatten().double() for p in model.parameters()])
-        exact = results["dense masked"] if exact is None else exact
-        gaps = {name: ((grad - exact).norm() / exact.norm()).item() for name, grad in results.items()}
-        report[f"{dtype}_error_of_packed"] = gaps["packed"]
-        report[f"{dtype}_error_of_dense"] = gaps["dense masked"]
-    equal = report["float32_error_of_packed"] < 1e-4
-    return report | dict(
-        float32_equal=equal,
-        bfloat16_as_good=report["bfloat16_error_of_packed"] < 2 * report["bfloat16_error_of_dense"] + 1e-3,
-    )
+            gradient = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+            exact = gradient if exact is None else exact  # of the first
+            report[f"{dtype}_error_of_{name}"] = ((gradient - exact).norm() / exact.norm()).item()
+    as_good = report["bfloat16_error_of_packed"] < 2 * report["bfloat16_error_of_dense"] + 1e-3
+    return report | dict(float32_equal=report["float32_error_of_packed"] < 1e-4, bfloat16_as_good=as_good)
+
+
+def draw_batch(model, given):
+    """Four images of noise, and the noise of their masks, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    imgs = torch.randn(4, 3, given.input_size, given.input_size, generator=generator).to(given.device)
+    return imgs, torch.rand(4, model.num_patches(imgs), generator=generator).to(given.device)
 
 
 def base_compiled(args):
-    return time_step(settings(args), "packed" if args.dry else "packed compiled")
+    return time_step(settings(args), "packed compiled")
 
 
 def base_eager(args):
@@ -238,15 +241,14 @@ def depthwise(args):
             y, _ = sparse_depthwise_conv(x, conv, sites)
             y.backward(y)
 
-        times = [benchmark.time_ms(step, given.device) for _ in range(3 + given.steps)][3:]
-        report[f"stage_{stage + 1}"] = round(1e3 * statistics.median(times) / given.batch_size, 3)
+        ms = statistics.median(times_ms(step, given.device, given.steps, warm_up=3))
+        report[f"stage_{stage + 1}"] = round(1e3 * ms / given.batch_size, 3)
     return report
 
 
 def batch_sweep(args):
-    sizes = (1, 2) if args.dry else (64, 128, 512, 1024)
-    contestant = "packed" if args.dry else "packed compiled"
-    return {str(size): time_step(settings(args, batch_size=size, steps=5), contestant) for size in sizes}
+    sizes = (64,) if args.dry else (64, 128, 512, 1024)
+    return {str(size): time_step(settings(args, batch_size=size, steps=5), "packed compiled") for size in sizes}
 
 
 def synchronizations(args):
@@ -291,20 +293,18 @@ def resume(args):
 
 def finetuning(args):
     """Steps of fine-tuning beside timm's model, channels last."""
-    given = settings(args, part="finetune", batch_size=2 if args.dry else 128, steps=2 if args.dry else 10)
-    suffix = "" if args.dry else " compiled"
-    return {name: time_step(given, name) for name in (f"dense{suffix}", f"timm channels last{suffix}")}
+    given = settings(args, part="finetune", batch_size=128, steps=10)
+    return {name: time_step(given, name) for name in ("dense compiled", "timm channels last compiled")}
 
 
 def ddp(args):
     """One process and nccl: the gradients of a compiled step are those without DDP?"""
-    given = settings(args, model="convnextv2_atto", batch_size=4)
+    given = settings(args)
     with tempfile.TemporaryDirectory() as folder:
         backend = "gloo" if args.dry else "nccl"
         torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
     model = to_device(fcmae.convnextv2_atto(img_size=given.input_size), given.device)
-    imgs = torch.randn(4, 3, given.input_size, given.input_size, device=given.device)
-    noise = torch.rand(4, model.num_patches(imgs), device=given.device)
+    imgs, noise = draw_batch(model, given)
     expected = torch.autograd.grad(model(imgs, noise=noise, masked_only=True)[0], list(model.parameters()))
     parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     parallel = parallel if args.dry else torch.compile(parallel)
@@ -333,14 +333,14 @@ def load_on_one_core(number, dry):
         loaders.draw_jpegs(Path(folder) / "photographs", count, (60, 50) if dry else (500, 375))
         for training in ("pre-training", "fine-tuning"):
             steps = loaders.make_steps(training, Path(folder), 32 if dry else 224)
-            times = [benchmark.time_ms(steps["this loader"], "cpu") for _ in range(2 if dry else 6)][1:]
+            times = times_ms(steps["this loader"], "cpu", 1 if dry else 5, warm_up=1)
             rates[training] = 1e3 * count / statistics.median(times)
     return rates
 
 
 def minkowski(args):
     """MinkowskiEngine's step of atto in float32, if it is there."""
-    given = settings(args, model="convnextv2_atto", dtype="float32", batch_size=2 if args.dry else 64, steps=2)
+    given = settings(args, model="convnextv2_atto", dtype="float32", batch_size=64, steps=2)
     if reason := contestants.why_no_minkowski(given):
         return dict(left_out=reason)
     return {name: time_step(given, name) for name in ("packed", "minkowski")}
@@ -399,19 +399,14 @@ def run_check(check, args, limit):
 
 def write_report(report, folder):
     """FOLDER/report.json and report.md, each whole at any moment."""
-    for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.md", as_table(report))):
-        temporary = folder / f".{name}"
-        temporary.write_text(text)
-        temporary.replace(folder / name)
+    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "report.md", as_table(report))
 
 
 def as_table(report):
     lines = ["# GPU report" + (" (dry: a CPU in small, times mean nothing)" if report["dry"] else ""), ""]
-    lines += [f"* {verdict}" for verdict in report["verdicts"]] + [
-        "",
-        "| check | status | s | result |",
-        "| - | - | - | - |",
-    ]
+    lines += [f"* {verdict}" for verdict in report["verdicts"]]
+    lines += ["", "| check | status | s | result |", "| - | - | - | - |"]
     for name, outcome in report["checks"].items():
         text = outcome.get("error") or json.dumps(outcome.get("result", "")).replace("|", "/")
         lines.append(f"| {name} | {outcome['status']} | {outcome['seconds']} | {text} |")

@@ -55,7 +55,7 @@ class FileDataset(datasets.EvalDataset):
     def __getitem__(self, index):
         image, error = try_open(self.images, index, self.transform)
         if error is not None:
-            return None, None, None, [(index, error.removeprefix(in_one_line(self.images.name(index))).strip(" ()"))]
+            return None, None, None, [(index, error.removeprefix(in_one_line(self.images.name(index)))[2:-1])]
         return image, 0, index, []
 
 
@@ -81,8 +81,7 @@ class Inference(NamedTuple):
         rows are on the CPU, and None if no image of the batch can be read.
         """
         sampler = torch.utils.data.BatchSampler(indices, self.args.batch_size, False)
-        loader = datasets.build_loader(dataset, sampler, Loading(self.args.num_workers), self.device)
-        for batch in loader:
+        for batch in datasets.build_loader(dataset, sampler, self.args.replace(pin_mem=True), self.device):
             rows = None
             if len(batch.imgs):
                 rows = compute_rows(
@@ -90,11 +89,6 @@ class Inference(NamedTuple):
                     lambda: utils.autocast(self.args, self.device),
                 )  # fmt: skip
             yield batch.indices, rows, batch.unreadable
-
-
-class Loading(NamedTuple):  # flags of `datasets.build_loader`
-    num_workers: int
-    pin_mem: bool = True
 
 
 def load_inference(args, needs_head=False):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import utils
-from checkpoints import lock_folder, write_whole
+from checkpoints import lock_folder, write_text
 from utils import TrainingError, UserError
 
 
@@ -41,7 +41,7 @@ class Journal:
             if changed:
                 fix = "give the same to resume, delete the folder, or choose another output"
                 raise UserError(f"{self.folder}: holds part of a run with another {' and '.join(changed)}: {fix}")
-            write_whole(path, lambda file: file.write(json.dumps(key).encode()))
+            write_text(path, json.dumps(key))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"--output {self.output}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -14,16 +14,17 @@ Task, image size, crop, channels, normalization and names of classes are the che
 line, with its error. A run that was stopped resumes by the same command, on any number of processes.
 """
 
-import csv
 import hashlib
-import io
+import itertools
 import os
 from pathlib import Path
 
 import flags
 import tasks
 import utils
+from checkpoints import write_csv
 from evaluation import pool_features
+from image_sets import spread
 from sources import in_one_line
 from tools.common import check_output, write_output
 from tools.inference import add_inference_args, load_inference
@@ -126,28 +127,16 @@ def describe_run(args, dataset):
     return key | {"--checkpoint": [os.path.abspath(args.checkpoint), stat and [stat.st_mtime_ns, stat.st_size]]}
 
 
-def write_csv(output, header, lines):
-    """A header and lines, whole or not at all. File names may be any bytes."""
-
-    def write(file):
-        text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
-        csv.writer(text).writerows([header])
-        csv.writer(text).writerows(lines)
-        text.flush()
-        text.detach()
-
-    write_output(output, write)
-
-
 def write_predictions(args, images, rows, errors, task):
     def lines():
+        yield "file", "error", *task.titles(args.topk)
         for index in range(len(images)):
             if index in errors:
                 yield images.name(index), errors[index]
             else:
                 yield images.name(index), "", *task.cells(rows[index], args.topk)
 
-    write_csv(args.output, ["file", "error", *task.titles(args.topk)], lines())
+    write_output(args.output, lambda file: write_csv(file, lines()))
 
 
 def write_parquet(output, images, rows, errors):
@@ -177,7 +166,8 @@ def write_table(args, journal, images, ending, task):
         write_parquet(args.output, images, rows, errors)
     else:
         lines = ((images.name(index), errors.get(index, "")) for index in range(len(images)))
-        write_csv(Path(args.output).with_suffix(".names.csv"), ["file", "error"], lines)
+        names = Path(args.output).with_suffix(".names.csv")
+        write_output(names, lambda file: write_csv(file, itertools.chain([("file", "error")], lines)))
         os.replace(journal.folder / "rows.npy", args.output)
     journal.remove()
     unreadable = f", {len(errors)} unreadable, such as {images.name(min(errors))}" if errors else ""
@@ -186,15 +176,12 @@ def write_table(args, journal, images, ending, task):
 
 
 def draw_predictions(args, dataset, rows, errors, task):
-    count = min(len(dataset), 64)
     cells = []
-    for index in (i * len(dataset) // count for i in range(count)):
-        caption = "unreadable"
-        if index not in errors:
-            caption = "\n".join(task.cells(rows[index], 1))
+    for index in spread(range(len(dataset)), 64):
+        caption = "unreadable" if index in errors else "\n".join(task.cells(rows[index], 1))
         cells.append((read_pixels(dataset, index), caption, None))
-    save_sheet("--sheet", args.sheet, [cells[i : i + 8] for i in range(0, count, 8)])
-    log(f"{count} of them: {args.sheet}")
+    save_sheet("--sheet", args.sheet, [cells[i : i + 8] for i in range(0, len(cells), 8)])
+    log(f"{len(cells)} of them: {args.sheet}")
 
 
 def main(args):

@@ -7,13 +7,12 @@
 A feature is the mean over all sites of the encoder's last stage. Both classifiers are deterministic.
 """
 
-from argparse import Namespace
-
 import datasets
 import flags
 import utils
 from evaluation import probe
-from tools.common import add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
+from tools.common import add_input_size_arg, add_model_key_arg
+from tools.inference import load_inference
 
 
 def get_args_parser():
@@ -31,17 +30,11 @@ def get_args_parser():
 
 
 def main(args):
-    flags.check_device(args)
-    model, checkpoint = load_network(args.checkpoint, args.model_key)
-    size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
-    device = utils.init_distributed_mode(args)
-    model = utils.to_device(model, device, args.triton)
-    in_chans = model.config["in_chans"]
-    seen = find_seen(checkpoint, in_chans)
-    known = {"in_chans": in_chans, "input_size": size, "pixel_range": seen.pixel_range}
-    probe_args = Namespace(**vars(args) | known)
-    sets = datasets.build_probe_sets(probe_args, args.data_path, args.images_per_class)
-    loaders = [datasets.build_eval_loader(dataset, probe_args, device) for dataset in sets]
+    inference = load_inference(args)
+    model, device, seen = inference.model, inference.device, inference.seen
+    known = {"in_chans": model.config["in_chans"], "input_size": inference.input_size, "pixel_range": seen.pixel_range}
+    sets = datasets.build_probe_sets(args.replace(**known), args.data_path, args.images_per_class)
+    loaders = [datasets.build_eval_loader(dataset, args, device) for dataset in sets]
     accuracies, counts, unreadable = probe(
         model.forward_trunk, loaders, device, lambda: utils.autocast(args, device), statistics=seen.statistics
     )

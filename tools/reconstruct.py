@@ -7,10 +7,8 @@ drawn twice: with each patch's true mean and deviation given back, and with thos
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
-from PIL import Image
 
 import flags
 import utils
@@ -20,7 +18,7 @@ from image_sets import read_files
 from images import check_resized, decode
 from models import fcmae
 from tools.common import add_input_size_arg, check_output, choose_input_size, find_seen, write_output
-from utils import UserError
+from tools.sheet import check_picture
 
 
 def get_args_parser():
@@ -39,10 +37,7 @@ def get_args_parser():
 def main(args):
     from torchvision.transforms import InterpolationMode, v2
 
-    Image.init()
-    file_format = Image.registered_extensions().get(Path(args.output).suffix.lower())
-    if file_format not in Image.SAVE:
-        raise UserError(f"--output {args.output}: unknown file extension; .png and .jpg are known")
+    file_format = check_picture("--output", args.output)
     check_output(args.output, args.images)
     checkpoint = load_checkpoint(args.checkpoint)
     with utils.name_in_errors(f"--checkpoint {args.checkpoint}"):
