@@ -1,4 +1,4 @@
-"""The files of a run: the output folder, its lock, checkpoints written whole and read safely, and how a run resumes.
+"""The files of a run: the output folder, its lock, checkpoints written whole and read safely.
 
     output_dir/
         checkpoint-9.pth        epoch 9 is done; the --save_ckpt_num newest are kept
@@ -45,7 +45,7 @@ import torch
 import utils
 from flags import Switch, at_least
 from models import files
-from models.weights import check_same_blocks, find_weights, load_weights, remap_checkpoint_keys, split_decoder
+from models.weights import split_decoder
 from utils import TrainingError, UserError, log
 
 CHECKPOINT_FORMAT = 2
@@ -438,14 +438,6 @@ def newest_checkpoint(output_dir):
     return None, None
 
 
-def find_checkpoint(args):
-    """The checkpoint to resume from and its path: the newest in --output_dir, else --resume, else (None, None)."""
-    checkpoint, path = newest_checkpoint(args.output_dir)
-    if checkpoint is None and args.resume:
-        checkpoint, path = load_checkpoint(args.resume), args.resume
-    return checkpoint, path
-
-
 def training_flags(checkpoint):
     """The flags of the run that wrote a checkpoint, as far as it has them; input_size as (height, width).
 
@@ -459,110 +451,3 @@ def training_flags(checkpoint):
         size = flags["input_size"]
         flags["input_size"] = (size, size) if isinstance(size, int) else (size[0], size[-1])
     return flags
-
-
-# ---------------------------------------------------------------- resume
-
-# A resumed run reports every other flag that changed.
-FLAGS_WITHOUT_EFFECT = frozenset(
-    "output_dir log_dir resume auto_resume save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num print_freq "
-    "profile_steps picture_freq num_workers pin_mem world_size local_rank dist_on_itp dist_url dist_timeout finetune "
-    "model_key model_prefix job_dir".split()
-)
-
-
-def resume(run):
-    """Restore the newest checkpoint in --output_dir, else --resume, if any, on all ranks at the same position."""
-    utils.on_all_ranks(lambda: restore(run))
-    positions = sorted(set(utils.all_gather((run.epoch, run.step))))
-    if len(positions) > 1:
-        raise UserError(
-            f"--output_dir {run.args.output_dir}: ranks find different checkpoints there, of (epoch, step) "
-            f"{positions}: it must be one folder for all machines"
-        )
-
-
-def restore(run):
-    """Restore a run from a checkpoint, or its weights alone from a file of another program."""
-    checkpoint, path = find_checkpoint(run.args)
-    if checkpoint is None:
-        return
-    with utils.name_in_errors(path):
-        load_model_and_ema(run, checkpoint, path)
-    if checkpoint.get("format") is None:
-        return log(f"weights from {path}, of another program: training starts at epoch {run.args.start_epoch}")
-    try:
-        check_resumable(run, checkpoint, path)
-        run.load_state_dict(checkpoint)
-    except KeyError as error:
-        raise UserError(f"{path}: cannot resume: missing key {error}") from None
-    except ValueError as error:  # of the optimizer: other groups, as another layer decay makes
-        flags = " ".join(f"--{name} {checkpoint['args'].get(name)}" for name in ("layer_decay", "layer_decay_type"))
-        raise UserError(f"{path}: cannot resume: {error}; saved with {flags}: use the same") from None
-    except (TypeError, AttributeError, RuntimeError) as error:  # of scaler and hooks
-        raise UserError(f"{path}: cannot resume: a state is not what this version writes: {error}") from None
-    report_changes(run, checkpoint, path)
-    log(f"resuming from {path}: epoch {run.epoch}, step {run.step}")
-
-
-def load_model_and_ema(run, checkpoint, path):
-    """Load a checkpoint's weights and its EMA weights. If it has none, the average starts from the weights."""
-    check_same_blocks(checkpoint.get("config", {}), run.model)
-    load_weights(run.model, find_weights(checkpoint))
-    if run.model_ema is None:
-        return
-    if "model_ema" in checkpoint:
-        load_weights(run.model_ema.module, remap_checkpoint_keys(checkpoint["model_ema"]))
-    else:
-        run.model_ema.set(run.model)
-        log(f"{path} has no EMA weights: the average starts from its weights")
-
-
-def check_resumable(run, checkpoint, path):
-    """Raise UserError for a change that does not fit the optimizer's state or the position in the epoch."""
-    opt = checkpoint["args"].get("opt")
-    if opt != getattr(run.args, "opt", None):
-        raise UserError(f"{path}: cannot resume: saved with --opt {opt}; use the same")
-    if checkpoint["class_names"] != run.class_names:
-        raise UserError(f"{path}: {compare_classes(checkpoint['class_names'], run.class_names)}")
-    check_same_task(checkpoint, run, path)
-    if checkpoint["step"] > run.steps_per_epoch:
-        raise UserError(f"{path}: cannot resume: step is {checkpoint['step']} of {run.steps_per_epoch} an epoch")
-    saved, current = {"sample_order": 1} | checkpoint, run.state_dict()  # older ones have no number of their order
-    for name in ("effective_batch_size", "num_images", "sample_order") if checkpoint["step"] else ():
-        if saved[name] != current[name]:
-            raise UserError(
-                f"{path}: cannot resume within an epoch: saved with {name.replace('_', ' ')} {saved[name]}, "
-                f"not {current[name]}; use the same, or a checkpoint of an epoch's end"
-            )
-
-
-def check_same_task(checkpoint, run, path):
-    """Raise UserError if a checkpoint was trained for other targets; the loss may change."""
-    classification = {"kind": "classification"}  # older checkpoints say nothing
-    current = run.task.state_dict() if run.task else classification
-    saved = classification | (checkpoint.get("task") or {})
-    for name, value in current.items():
-        if name != "loss" and saved.get(name) != value:
-            problem = f"cannot resume: {name} of the targets is {saved.get(name)}, that of the data {value}"
-            raise UserError(f"{path}: {problem}; use the same data and kind of --loss, or give it as --finetune")
-
-
-def compare_classes(saved, current):
-    """The difference between the classes of a checkpoint and those of the data, in words."""
-    saved, current = (list(names or []) for names in (saved, current))
-    if len(saved) != len(current):
-        return f"has {utils.format_count(len(saved), 'class')}, the data {len(current)}"
-    i = next(i for i in range(len(current)) if saved[i] != current[i])
-    return f"has other classes than the data: number {i} is {saved[i]!r}, not {current[i]!r}"
-
-
-def report_changes(run, checkpoint, path):
-    """Log every flag that changed since a checkpoint, but for those that have no effect on the numbers."""
-    facts = ("num_images", "effective_batch_size")
-    saved = checkpoint["args"] | {name: checkpoint[name] for name in facts}
-    current = vars(run.args) | {name: run.state_dict()[name] for name in facts}
-    for name in sorted(current.keys() - FLAGS_WITHOUT_EFFECT):
-        before, now = saved.get(name), current[name]
-        if (list(before) if isinstance(before, tuple) else before) != (list(now) if isinstance(now, tuple) else now):
-            log(f"changed since {path}: {name} {before} -> {now}")

@@ -1,4 +1,4 @@
-"""Observers of a run: log lines, TensorBoard, pictures, profiles, probes, checkpoints, signals.
+"""Observers of a run: log lines, TensorBoard, pictures, tables, profiles, probes.
 
 A hook reads the `Run` and does not change the training. A number of a step goes to `run.observe(name=value)`, one of an
 epoch into `run.metrics`: both then reach the console, log.txt and TensorBoard. To add a hook, write a class and put it
@@ -14,21 +14,19 @@ import argparse
 import json
 import math
 import re
-import signal
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import checkpoints
 import utils
-from datasets import Batch, Loader
+from datasets import Batch
 from flags import at_least
 from image_sets import spread
 from images import statistics_of
 from run import Hook, Hooks  # noqa: F401  (hooks.Hook, hooks.Hooks: what a hook is)
-from utils import TrainingError, UserError, log
+from utils import UserError, log
 
 
 def add_log_args(parser):
@@ -366,176 +364,3 @@ class Profiler(Hook):
             self.write()
         elif self.done < self.first:
             log(f"--profile_steps {self.first}:{self.end}: nothing traced, there were {self.done} steps")
-
-
-# ---------------------------------------------------------------- checkpoints and signals
-
-
-class Checkpointer(Hook):
-    """A checkpoint every --save_ckpt_freq epochs, after the last one, and every --save_ckpt_steps steps of an epoch.
-
-    And one after each epoch that is the best by --watch: checkpoint-best.pth, or checkpoint-best-ema.pth by the EMA
-    weights, with encoder-best.pth or encoder-best-ema.pth, the weights of the encoder alone.
-    """
-
-    last_written = None  # epoch and step of the last checkpoint, on the main rank
-
-    def on_step(self, run):
-        every = run.args.save_ckpt_steps
-        if every and run.step % every == 0 and run.step != run.steps_per_epoch:
-            self.save(run, step=run.step)
-
-    def on_epoch_end(self, run):
-        best = [name.endswith("_ema") for name in run.watched if run.is_best(name)]
-        if best and not self.try_on_main_rank(run, lambda: checkpoints.save_best(run, best)):
-            run.best = run.best_before  # what is on disk
-        if (run.epoch + 1) % run.args.save_ckpt_freq == 0 or run.is_last_epoch():
-            self.save(run, is_last=run.is_last_epoch())
-
-    def on_error(self, run):
-        if self.save_alone(run):
-            log(f"saved at epoch {run.epoch}, step {run.step}: the same command resumes from here")
-
-    def save_alone(self, run):
-        """Write the steps that are done, on the main rank; whether that succeeded.
-
-        Without the other ranks, which may have failed: the mean loss lacks what they have not shared.
-        """
-        run.drop_unfinished_step()
-        if not utils.is_main_process():
-            return False
-        run.read_losses(alone=True)
-        self.check_weights(run)
-        return self.attempt(lambda: self.write(run, run.step))
-
-    def save(self, run, step=None, is_last=False):
-        """Write a checkpoint, if it is not there yet. On all ranks, at the same step.
-
-        Raises TrainingError if the weights are not finite, or if it cannot be written and the run ends here (is_last).
-        """
-        run.read_losses()
-        self.try_on_main_rank(run, lambda: self.write(run, step), is_last)
-
-    def check_weights(self, run):
-        if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():
-            place = f"after step {run.step} of epoch {run.epoch}"
-            raise TrainingError(f"weights are not finite {place}: {run.describe_stop()}")
-
-    def try_on_main_rank(self, run, write, is_last=False):
-        """Call write() on the main rank; whether that succeeded. Raises as `save` does."""
-        self.check_weights(run)
-        note = ". Earlier ones are kept, training continues, the next save tries again."
-        return utils.on_main_rank(lambda: self.attempt(write, note, is_last))
-
-    def attempt(self, write, note="", is_last=False):
-        """Call write(); whether that succeeded. If not, log why, with a note; raise TrainingError for the last one."""
-        try:
-            write()
-            return True
-        except OSError as error:
-            if is_last:
-                raise TrainingError(f"the last checkpoint could not be saved: {error}") from None
-            log(f"checkpoint not saved: {error}{note}")
-            return False
-
-    def write(self, run, step):
-        """On the main rank. Raises OSError."""
-        if self.last_written != (run.epoch, step):
-            checkpoints.save_model(
-                run.args, run.epoch, None, run.model, run.optimizer, run.scaler, run.model_ema, step, **run.state_dict()
-            )
-            self.last_written = (run.epoch, step)
-
-
-class StopOnSignal(Hook):
-    """After Ctrl-C, or a signal of a terminal or scheduler before it ends the process: save and stop, on all ranks.
-
-    The signal is only noted; the step under way is finished first, so nothing is cut short, however many signals come;
-    but a second Ctrl-C ends the process at once. Ranks agree every `PATIENCE` seconds or so, not every step. A process
-    that waits for a batch does not go on waiting: it saves the steps that are done, at once if it is alone and waits
-    already, else after `GRACE` seconds, without the other ranks, who may wait for it. Raises `utils.Stopped`.
-    """
-
-    PATIENCE, GRACE = 2.0, 10.0
-
-    def __init__(self, checkpointer=None):
-        self.checkpointer = checkpointer
-        self.received = 0  # the number of the signal
-        self.every = self.left = 1  # steps between two agreements, and those left
-
-    def on_start(self, run):
-        self.run = run
-        heard = [signum for signum in utils.STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup
-        self.previous = {signum: signal.signal(signum, self.note) for signum in heard}
-        self.agreed = time.perf_counter()
-        run.stop_requested = lambda: bool(self.received)
-
-    def note(self, signum, frame):
-        if self.received == signum == signal.SIGINT:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            raise KeyboardInterrupt
-        first, self.received = not self.received, self.received or signum
-        if first:
-            signal.signal(signal.SIGALRM, lambda *_: self.stop_waiting(self.GRACE))
-            signal.setitimer(signal.ITIMER_REAL, self.GRACE, self.GRACE / 10)
-        if first and not dist.is_initialized():
-            self.stop_waiting(0)
-
-    def stop_waiting(self, seconds):
-        """Stop, without the other ranks, if this one has waited for a batch for so long."""
-        since, Loader.waiting_since = Loader.waiting_since, None
-        if since is None or time.monotonic() - since < seconds:
-            Loader.waiting_since = since
-            return
-        saved = self.checkpointer is not None and self.checkpointer.save_alone(self.run)
-        self.stop(self.received, saved, alone=dist.is_initialized())
-
-    def on_step(self, run):
-        self.left -= 1
-        if self.left <= 0 or run.step == run.steps_per_epoch:
-            self.stop_if_requested(run, step=run.step)
-
-    def on_evaluate(self, run):
-        """An evaluation that gave up leaves nothing: it starts anew when the run resumes."""
-        if run.given_up:
-            self.stop_if_requested(run, step=run.step)
-
-    def on_epoch_end(self, run):
-        self.stop_if_requested(run)
-
-    def stop_if_requested(self, run, step=None):
-        received = self.agree()
-        if not received:
-            return
-        if self.checkpointer is not None:
-            self.checkpointer.save(run, step=step, is_last=True)
-        self.stop(received, saved=self.checkpointer is not None)
-
-    def stop(self, received, saved, alone=False):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        handler = self.previous[received] if received in (signal.SIGUSR1, signal.SIGUSR2) else None
-        # from here on signals are still noted, and change nothing
-        raise utils.Stopped(received, saved, handler if callable(handler) else None, alone)
-
-    def agree(self):
-        """The signal that any rank has received, or 0, the same on all; they call this at the same step."""
-        if not dist.is_initialized():
-            return self.received
-        now = time.perf_counter()
-        facts = torch.tensor([self.received, now - self.agreed], dtype=torch.float64)
-        dist.all_reduce(facts, dist.ReduceOp.MAX)
-        received, seconds = facts.tolist()
-        self.agreed = now
-        self.left = self.every = max(1, min(2 * self.every, int(self.every * self.PATIENCE / seconds)))
-        return int(received)
-
-    def on_end(self, run):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-
-def saving_hooks(args):
-    """What keeps a run from being lost, as far as --save_ckpt allows. Last in the list: what they save is logged."""
-    checkpointer = Checkpointer() if args.output_dir and args.save_ckpt else None
-    return ([checkpointer] if checkpointer else []) + [StopOnSignal(checkpointer)]

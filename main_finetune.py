@@ -27,6 +27,7 @@ from flags import Switch, at_least, fraction, fraction_below_1
 from images import find_statistics, statistics_of
 from models import convnextv2
 from models.weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
+from resume import resume_run, saving_hooks
 from run import Run, add_watch_args, check_watch_args, log_configuration, train
 from samplers import ORDERS
 from utils import UserError, log
@@ -166,7 +167,7 @@ def build_hooks(args):
         observers.append(hooks.Profiler(args.profile_steps, args.output_dir))
     if args.model_ema:
         observers.append(hooks.UpdateEMA())
-    return hooks.Hooks(observers + hooks.saving_hooks(args))
+    return hooks.Hooks(observers + saving_hooks(args))
 
 
 def evaluate_models(run, loader, args):
@@ -308,7 +309,7 @@ def main(args):
         args, model_without_ddp, device, optimizer, scaler, sampler, dataset.images, model_ema, task,
         watch=watched_metric(args, task), watch_ema=args.model_ema_eval,
     )  # fmt: skip
-    checkpoints.resume(run)
+    resume_run(run)
     model = utils.prepare_training(model_without_ddp, args)
     log_configuration(run, schedule, describe_model(args, task), loader)
 

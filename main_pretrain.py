@@ -23,6 +23,7 @@ from engine_pretrain import train_one_epoch
 from flags import Switch, at_least
 from models import fcmae
 from models.convnextv2 import SIZES
+from resume import resume_run, saving_hooks
 from run import Run, add_watch_args, check_watch_args, log_configuration, train
 from utils import UserError
 
@@ -120,7 +121,7 @@ def build_hooks(args, dataset, device):
         )
         loaders = [datasets.build_eval_loader(labelled, args, device) for labelled in sets]
         observers.append(hooks.Probe(loaders, args.probe_freq))
-    return hooks.Hooks(observers + hooks.saving_hooks(args))
+    return hooks.Hooks(observers + saving_hooks(args))
 
 
 def main(args):
@@ -142,7 +143,7 @@ def main(args):
     )
     scaler = utils.create_scaler(args, device)
     run = Run(args, model, device, optimizer, scaler, sampler, dataset.images, watch=args.watch)
-    checkpoints.resume(run)
+    resume_run(run)
     model = utils.prepare_training(model, args)
     log_configuration(run, schedule, describe_model(args), loader)
 

@@ -21,7 +21,7 @@ from conftest import randomise
 import main_pretrain
 import utils
 from models import convnextv2, fcmae, triton_switch
-from tools import contestants, gpu_counts, gpu_report
+from tools import contestants, gpu_checks, gpu_counts, gpu_report
 
 TORCH = ("2.14", "2.15")  # on what others plan the pretended GPU has not been tried
 
@@ -141,7 +141,7 @@ def dies(args):
 def test_a_report_is_whole_whatever_a_check_does(tmp_path, narrow, capsys, monkeypatch):
     """And every check runs, but for one that trains for minutes, as other tests do, and one that needs a whole atto."""
     checks = {raises: 9, hangs: 0.3, dies: 9} | gpu_report.CHECKS
-    del checks[gpu_report.resume], checks[gpu_report.finetuning]
+    del checks[gpu_checks.resume], checks[gpu_checks.finetuning]
     monkeypatch.setattr(gpu_report, "CHECKS", checks)
     written = []
     monkeypatch.setattr(gpu_report, "write_report", lambda *a, write=gpu_report.write_report: written.append(write(*a)))
@@ -160,7 +160,7 @@ def test_a_report_is_whole_whatever_a_check_does(tmp_path, narrow, capsys, monke
 
 
 def test_a_report_leaves_out_what_its_budget_does_not_allow(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_report, "CHECKS", {gpu_report.machine: 9})
+    monkeypatch.setattr(gpu_report, "CHECKS", {gpu_checks.machine: 9})
     gpu_report.main(gpu_report.get_args_parser().parse_args(["--output", str(tmp_path), "--dry", "--budget", "1"]))
     assert json.loads((tmp_path / "report.json").read_text())["checks"]["machine"]["status"] == "left out"
 
@@ -192,7 +192,7 @@ def test_out_of_memory_halves_the_batch_and_says_so():
             raise torch.OutOfMemoryError("full")
         return dict(images_per_s=1.0)
 
-    result = gpu_report.halve_until_it_fits(measure, 64)
+    result = gpu_checks.halve_until_it_fits(measure, 64)
     assert result == dict(batch_size=16, images_per_s=1.0, note="out of memory at 32 images")
 
 

@@ -23,6 +23,7 @@ import evaluation
 import hooks
 import main_finetune
 import main_pretrain
+import resume
 import utils
 from models.fcmae import FCMAE
 from models.weights import split_decoder
@@ -76,7 +77,7 @@ def test_no_observer_and_no_order_of_them_changes_a_weight(
 
     monkeypatch.setattr(main_pretrain, "build_hooks", backwards)
     pretrain(*everything, "--output_dir", tmp_path / "backwards")
-    monkeypatch.setattr(main_pretrain, "build_hooks", lambda *_: hooks.Hooks([hooks.Checkpointer()]))
+    monkeypatch.setattr(main_pretrain, "build_hooks", lambda *_: hooks.Hooks([resume.Checkpointer()]))
     pretrain(*small, "--output_dir", tmp_path / "none")
     assert sorted(path.name for path in (tmp_path / "none").iterdir()) == [
         "checkpoint-0.pth",
@@ -94,7 +95,7 @@ def test_nor_in_fine_tuning(labelled_folder, narrow, finetune, tmp_path, monkeyp
     finetune(*flags, "--output_dir", tmp_path / "all", "--profile_steps", "2:4")
 
     def build(args):
-        return hooks.Hooks([hooks.UpdateEMA(), hooks.Checkpointer()])
+        return hooks.Hooks([hooks.UpdateEMA(), resume.Checkpointer()])
 
     monkeypatch.setattr(main_finetune, "build_hooks", build)
     finetune(*flags, "--output_dir", tmp_path / "few", "--disable_eval", "true")

@@ -17,7 +17,7 @@ ORDER = """
     augmentations evaluation tasks samplers
     datasets
     engine_pretrain engine_finetune
-    hooks
+    hooks resume
     main_pretrain main_finetune submitit_pretrain submitit_finetune
 """.split()
 FILES = [path for folder in (".", "models", "tools", "examples") for path in ROOT.glob(f"{folder}/*.py")]

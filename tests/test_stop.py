@@ -20,6 +20,7 @@ import evaluation
 import hooks
 import index
 import main_finetune
+import resume
 import utils
 from datasets import Loader
 from run import Run
@@ -76,7 +77,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(small, pretrain, tmp_path, monkeyp
 def test_a_signal_that_nohup_ignores_stays_ignored():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        stop = hooks.StopOnSignal()
+        stop = resume.StopOnSignal()
         stop.on_start(types.SimpleNamespace())
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.received == 0
@@ -268,7 +269,7 @@ def test_a_signal_is_heard_if_the_step_under_way_stalls_after_it(small, pretrain
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Run, "add_losses", stall_and_stop)
-    monkeypatch.setattr(hooks.StopOnSignal, "GRACE", 0.1)
+    monkeypatch.setattr(resume.StopOnSignal, "GRACE", 0.1)
     result = pretrain(*small, "--batch_size", 2, "--update_freq", 2, "--output_dir", tmp_path)
     assert result.status == 75 and [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint-0-1.pth"]
 
@@ -279,7 +280,7 @@ def test_a_rank_does_not_wait_for_a_stalled_image_nor_for_the_others(stalling_im
         RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=free_port()
     ).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(hooks.StopOnSignal, "GRACE", 1)
+    monkeypatch.setattr(resume.StopOnSignal, "GRACE", 1)
     monkeypatch.setattr(os, "_exit", sys.exit)
     stall_after_a_step(stalling_images, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
