@@ -465,7 +465,7 @@ class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
     indices: torch.Tensor  # (N,) numbers of the images in the data set
     unreadable: list  # as above; in evaluation they are left out of the batch
     rounds: list = ()  # of training: how `augmentations.augment` changes the images
-    numbers: torch.Tensor = None
+    numbers: torch.Tensor = ()
 
     @staticmethod
     def collate(samples):
