@@ -262,11 +262,12 @@ def rotate(imgs, amounts, fill, resample):
     # Rows of pixels whose edges are repeated, in each place of memory four neighbors; first down, then across
     columns = count_along(imgs, 3, -2, 2).flatten().clamp_(0, width - 1)
     rows = imgs.permute(0, 2, 3, 1).index_select(2, columns).float().flatten()
-    of_image = torch.arange(n, device=imgs.device).view(n, 1, 1, 1) * height
+    of_image = count_along(imgs, 0) * height
     tops = [(top + i).clamp_(0, height - 1) + of_image for i in (-1, 0, 1, 2)]
     index = torch.stack(tops, -1) * (width + 4) + (left.clamp_(-1, width - 1) + 1)[..., None]
     fours = weigh(rows.unfold(0, 4 * channels, channels), index, down)
-    pixels = weigh(fours.view(-1, channels), torch.arange(4 * len(fours), device=imgs.device), across)
+    index = torch.arange(4 * len(fours), dtype=torch.int32, device=imgs.device)
+    pixels = weigh(fours.view(-1, channels), index, across)
     return finish(pixels.view(n, height, width, channels).permute(0, 3, 1, 2), outside, fill)
 
 
