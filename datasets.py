@@ -341,7 +341,10 @@ class PretrainDataset(torch.utils.data.Dataset):
 
 
 class TrainDataset(torch.utils.data.Dataset):
-    """dataset[epoch, index, repeat]: an augmented image (C, H, W) uint8, target, index, names of unreadable files."""
+    """dataset[epoch, index, repeat]: a crop (C, H, W) uint8, target, index, names of unreadable files, notes.
+
+    The notes say how the crop is to be augmented, see `augmentations`.
+    """
 
     def __init__(self, images, transform, seed, max_bad_images=100):
         self.images, self.seed, self.max_bad_images = images, seed, max_bad_images
@@ -367,7 +370,8 @@ class TrainDataset(torch.utils.data.Dataset):
         np.random.seed(seed % 2**32)
         random.seed(seed)
         image, index, unreadable = read_or_next(self.images, key[1], self.read, self.max_bad_images)
-        return self.augment(image), self.targets[index], index, unreadable
+        image, notes = self.augment(image)
+        return image, self.targets[index], index, unreadable, notes
 
 
 class EvalDataset(torch.utils.data.Dataset):
@@ -393,7 +397,8 @@ class EvalDataset(torch.utils.data.Dataset):
 def build_transform(is_train, args):
     """An opened or decoded image -> uint8 (C, height, width); for training it is `Compose([read, augment])`.
 
-    For training timm's: random crop (up to 32 pixels, a shift by up to 4), flip, RandAugment or color jitter.
+    For training timm's: random crop (up to 32 pixels, a shift by up to 4), flip, RandAugment or color jitter; the image
+    comes with the `augmentations.Notes` of what is left to the device.
     """
     from timm.data import create_transform
     from torchvision.transforms import InterpolationMode, v2
@@ -417,7 +422,7 @@ def build_transform(is_train, args):
         whole = functools.partial(decode, in_chans=in_chans, pixel_range=args.pixel_range)
         read = v2.Compose([whole, v2.Resize(size, InterpolationMode.BICUBIC), v2.RandomCrop(size, padding=4)])
     between = timms.transforms[1:-1]  # without timm's own random crop and its conversion to a tensor
-    return v2.Compose([read, v2.Compose([to_tensor, *itertools.chain(*map(augmentations.on_tensors, between))])])
+    return v2.Compose([read, v2.Compose([to_tensor, *augmentations.on_tensors(between)])])
 
 
 def build_eval_transform(size, in_chans, crop_pct=None, pixel_range=None):
@@ -459,16 +464,19 @@ class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
     targets: torch.Tensor  # (N,) class numbers, or (N, K) float32, see `tasks`
     indices: torch.Tensor  # (N,) numbers of the images in the data set
     unreadable: list  # as above; in evaluation they are left out of the batch
+    rounds: list = ()  # of training: how `augmentations.augment` changes the images
+    numbers: torch.Tensor = ()
 
     @staticmethod
     def collate(samples):
         unreadable = sum((sample[3] for sample in samples), [])
-        read = [sample[:3] for sample in samples if sample[0] is not None]
-        imgs, targets, indices = zip(*read, strict=True) if read else ((), (), ())
+        read = [sample for sample in samples if sample[0] is not None]
+        imgs, targets, indices, _, *notes = zip(*read, strict=True) if read else ((), (), (), ())
         imgs = stack(imgs) if read else torch.empty(0)
         targets = torch.from_numpy(np.array(targets))
         targets = targets if targets.ndim == 2 else targets.long()
-        return LabelledBatch(imgs, targets, torch.tensor(indices), unreadable)
+        plan = augmentations.sort_notes(*notes) if notes else ()
+        return LabelledBatch(imgs, targets, torch.tensor(indices), unreadable, *plan)
 
 
 def build_train_loader(dataset, args, device, repeats=1):

@@ -1,9 +1,10 @@
-"""The fine-tuning step, with random erasing and mixup on the device, and the evaluation."""
+"""The fine-tuning step, with augmentation, random erasing and mixup on the device, and the evaluation."""
 
 import torch
 import torch.nn.functional as F
 
 import utils
+from augmentations import augment
 from engine_pretrain import optimize
 from evaluation import collect
 from flags import at_least, fraction
@@ -86,7 +87,8 @@ def train_one_epoch(
     statistics = statistics_of(args)
 
     def compute_loss(batch):
-        imgs, targets = normalize(batch.imgs, statistics), batch.targets
+        imgs, targets = augment(batch.imgs, batch.rounds, batch.numbers), batch.targets
+        imgs = normalize(imgs, statistics)
         if erasing_fn is not None:
             imgs = erasing_fn(imgs)
         if mixup_fn is not None:

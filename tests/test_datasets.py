@@ -389,7 +389,8 @@ def train_samples(text, seeds=(0,), image=PICTURE):
     """The image as each seed augments it, (N, C, H, W) uint8."""
     transform = datasets.build_transform(True, flags(text))
     samples = [TrainDataset(Pictures([image]), transform, seed)[0, 0, 0] for seed in seeds]
-    return LabelledBatch.collate(samples).imgs
+    batch = LabelledBatch.collate(samples)
+    return augmentations.augment(batch.imgs, batch.rounds, batch.numbers)
 
 
 BOX = dict(top=20, left=30, height=120, width=150)
@@ -507,9 +508,13 @@ def test_augmentation_at_its_extremes_gives_an_image(in_chans):
     image = PICTURE.convert({1: "L", 3: "RGB"}[in_chans])
     for policy in ("rand-m10-n8-inc1-p1", "rand-m0-n8-p1", "original", "v0", "3a", "augmix-m10"):
         transform = datasets.build_transform(True, flags(f"--input_size 32 --in_chans {in_chans} --aa {policy}"))
+        samples = []
         for seed in range(40):
             utils.set_seed(seed)
-            assert transform(image).shape == (in_chans, 32, 32)
+            samples.append(transform(image))
+        imgs, notes = zip(*samples, strict=True)
+        imgs = augmentations.augment(datasets.stack(imgs), *augmentations.sort_notes(notes))
+        assert imgs.shape == (40, in_chans, 32, 32) and imgs.dtype == torch.uint8
     black = augmentations.posterize_image(image, 0)
     assert black.mode == image.mode and black.size == image.size and not np.asarray(black).any()
 
@@ -550,7 +555,8 @@ def test_a_labelled_sample_is_a_function_of_seed_epoch_index_and_repeat(labelled
     assert all(torch.equal(one[0], two[0]) and one[1:] == two[1:] for one, two in zip(a, b, strict=True))
     for different in (a[1], a[2], a[3], other[0, 3, 0]):
         assert not torch.equal(a[0][0], different[0])
-    assert [sample[1:] for sample in a] == [(0, 3, []), (0, 3, []), (0, 4, []), (0, 3, [])]
+    assert [sample[1:4] for sample in a] == [(0, 3, []), (0, 3, []), (0, 4, []), (0, 3, [])]
+    assert any(sample[4] for sample in a)  # what is done on the device
 
 
 def test_batches_of_workers_are_those_of_the_main_process(labelled_folder):
@@ -560,7 +566,9 @@ def test_batches_of_workers_are_those_of_the_main_process(labelled_folder):
     for args.num_workers in (0, 2):
         loader, _ = datasets.build_train_loader(dataset, args, "cpu")
         batches.append(next(iter(loader)))
-    assert all(torch.equal(*pair) for pair in zip(*(batch[:3] for batch in batches), strict=True))
+    (*a, _, rounds, numbers), (*b, _, other_rounds, other_numbers) = batches
+    assert all(torch.equal(*pair) for pair in zip([*a, numbers], [*b, other_numbers], strict=True))
+    assert rounds == other_rounds and rounds
 
 
 def test_a_replaced_image_brings_its_own_class(tmp_path):
@@ -570,7 +578,7 @@ def test_a_replaced_image_brings_its_own_class(tmp_path):
     (tmp_path / "a" / "1.png").write_text("not an image")
     text = "--data_set image_folder --input_size 32 --num_workers 0"
     args = flags(text, data_path=str(tmp_path), eval_data_path=str(tmp_path))
-    _, target, index, unreadable = datasets.build_dataset(True, args)[0, 0, 0]
+    _, target, index, unreadable, _ = datasets.build_dataset(True, args)[0, 0, 0]
     assert (target, index) == (1, 1) and unreadable[0].startswith(str(tmp_path / "a" / "1.png"))
     dataset = datasets.build_dataset(False, args)
     (batch,) = datasets.build_eval_loader(dataset, args, "cpu")

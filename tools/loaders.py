@@ -1,7 +1,8 @@
 """What `tools.benchmark --part loader` times: from JPEG files to a batch.
 
 original           Pillow, and torchvision's or timm's transforms as there: float32, normalized, randomly erased
-this loader        datasets.py: uint8, which the device normalizes and erases
+this loader        datasets.py: uint8, which the device augments (fine-tuning), normalizes and erases
+and augmented      the same, and augmented by the same core as if it were the device
 4 crops an image   the same with --repeated_sampling 4, for pre-training
 """
 
@@ -80,9 +81,14 @@ def make_steps(training, folder, input_size):
         loaders["4 crops an image"] = project_loader(training, folder, input_size, repeats=4)
     epochs = itertools.count()
 
-    def step(loader):
+    def step(loader, augmented=False):
         if hasattr(loader.batch_sampler, "set_position"):
             loader.batch_sampler.set_position(next(epochs), 0)  # other crops each time
-        (_,) = loader
+        (batch,) = loader
+        if augmented:
+            augmentations.augment(batch.imgs, batch.rounds, batch.numbers)
 
-    return {name: functools.partial(step, loader) for name, loader in loaders.items()}
+    steps = {name: functools.partial(step, loader) for name, loader in loaders.items()}
+    if not pretraining:
+        steps["and augmented"] = functools.partial(step, loaders["this loader"], augmented=True)
+    return steps
