@@ -468,6 +468,17 @@ def test_block_is_that_of_plain_pytorch(block):
     assert_close(step(), plain, 1e-5)
 
 
+@needs_kernels
+def test_a_block_with_another_mlp_calls_it():
+    class Mine(Block):
+        def mlp(self, x):
+            return 0 * x
+
+    use_triton(True)
+    block, x = randomise(Mine(8)).to(DEVICE), torch.randn(2, 8, 3, 4, device=DEVICE)
+    assert torch.equal(block(x), x)
+
+
 # ---- Where they run
 
 
