@@ -23,7 +23,7 @@ def on_tensors(transform):
     from timm.data import auto_augment
     from torchvision import transforms
 
-    if isinstance(transform, transforms.RandomHorizontalFlip):
+    if isinstance(transform, transforms.RandomHorizontalFlip | transforms.RandomVerticalFlip):
         return [transform]
     if not isinstance(transform, auto_augment.RandAugment | auto_augment.AutoAugment):
         for operation in getattr(transform, "ops", ()):  # of AugMix, which blends Pillow images
