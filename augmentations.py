@@ -43,15 +43,15 @@ def note(operation, notes, *amounts, options=(), **_):
 
 
 def on_tensors(transforms):
-    """timm's flip, jitter and policy as transforms of uint8 (C, H, W), of which the last adds the image's `Notes`.
+    """timm's flips, jitter and policy as transforms of uint8 (C, H, W), of which the last adds the image's `Notes`.
 
     Only what is not here, such as blur, is left to Pillow.
     """
-    from torchvision.transforms import RandomHorizontalFlip
+    from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
 
     steps, policy = [], None
     for transform in transforms:
-        if isinstance(transform, RandomHorizontalFlip):
+        if isinstance(transform, RandomHorizontalFlip | RandomVerticalFlip):
             steps.append(transform)
         elif makes_notes(transform):
             policy = transform  # timm's last

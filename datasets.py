@@ -61,6 +61,8 @@ def add_unlabelled_args(parser):
 def add_image_args(add, statistics="ImageNet's"):
     """The flags of images for any training. statistics: in words, those without --mean and --std."""
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
+    turned = "probability of a vertical flip, for images without up and down, as of microscopes"
+    add("--vflip", default=0.0, type=fraction, help=turned)
     add_pixel_range_arg(add)
     of_each = f"of each channel in [0, 1], as python -m tools.statistics prints it; None: {statistics}"
     add("--mean", nargs="+", type=fraction, metavar="VALUE", help=f"mean {of_each}")
@@ -191,7 +193,7 @@ def build_pretrain_dataset(args):
     source = args.data_set, args.data_path, "train", args.in_chans, False
     (images,) = on_all_ranks(lambda: [build_images(*source, options=source_options(args))])
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
-    options = args.scale, args.hflip, args.pixel_range, args.max_bad_images
+    options = args.scale, args.hflip, args.pixel_range, args.max_bad_images, args.vflip
     return PretrainDataset(images, args.input_size, height * width, args.seed, *options)
 
 
@@ -308,9 +310,10 @@ class PretrainDataset(torch.utils.data.Dataset):
     """dataset[epoch, index, repeat]: a random crop (C, H, W) uint8, mask noise (L,), names of unreadable files."""
 
     def __init__(
-        self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, pixel_range=None, max_bad_images=100
+        self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, pixel_range=None, max_bad_images=100,
+        vflip=0.0,
     ):  # fmt: skip
-        self.images, self.num_patches, self.seed, self.hflip = images, num_patches, seed, hflip
+        self.images, self.num_patches, self.seed, self.hflip, self.vflip = images, num_patches, seed, hflip, vflip
         self.max_bad_images = max_bad_images
         self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, pixel_range)
 
@@ -331,13 +334,15 @@ class PretrainDataset(torch.utils.data.Dataset):
         """(image (C, H, W) uint8, noise (L,)) of an opened image, for each key."""
         noises, crops, flips = zip(*[self.draw(image, key) for key in keys], strict=True)
         cuts = self.random_crop.cut(image, crops)
-        return [(cut.flip(2) if flip else cut, noise) for cut, flip, noise in zip(cuts, flips, noises, strict=True)]
+        return [(cut.flip(axes) if axes else cut, noise) for cut, axes, noise in zip(cuts, flips, noises, strict=True)]
 
     def draw(self, image, key):
-        """All that is random in a sample: the noise of its mask (L,) in [0, 1), its `Crop`, whether it is flipped."""
+        """All that is random in a sample: the noise of its mask (L,) in [0, 1), its `Crop`, the axes to flip."""
         torch.default_generator.manual_seed(utils.derive_seed(self.seed, *key))
         noise = torch.rand(self.num_patches)  # first: the mask does not depend on the image
-        return noise, self.random_crop.draw(image), torch.rand(()).item() < self.hflip
+        crop = self.random_crop.draw(image)
+        probabilities = {2: self.hflip, 1: self.vflip}  # by axis of (C, H, W); vertical last: older runs lack it
+        return noise, crop, [axis for axis, p in probabilities.items() if torch.rand(()).item() < p]
 
 
 class TrainDataset(torch.utils.data.Dataset):
@@ -413,6 +418,7 @@ def build_transform(is_train, args):
         normalize=False,
         mean=statistics_of(args)[0],  # fills what rotation and shear leave empty
         hflip=args.hflip,
+        vflip=args.vflip,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
         interpolation=args.train_interpolation,  # of RandAugment

@@ -1,14 +1,17 @@
-"""A small labelled data set: crops of photographs and textures that come with scikit-image and scikit-learn.
+"""A small labelled data set: crops of pictures, by default of those that come with scikit-image and scikit-learn.
 
     pip install scikit-image
     python -m examples.crops FOLDER
+    python -m examples.crops FOLDER --pictures PHOTOGRAPHS --unlabelled 3000 --side 128 --cut 128 384
+    python -m examples.crops FOLDER --pictures page text --turns --gray
 
-    FOLDER/unlabelled/0000.png ...      for FCMAE
-    FOLDER/train/CLASS/000.png ...      FOLDER/val/CLASS/...
+    FOLDER/unlabelled/000000.png ...        for FCMAE
+    FOLDER/train/CLASS/000000.png ...       FOLDER/val/CLASS/...
 
-A class is one of 17 photographs, textures and micrographs; 7 of them are gray, so color alone does not tell them
-apart. Crops for training, with and without labels, are of the left two thirds, those to validate of the right third.
-A crop is a square of 48 to 96 pixels, resized. It is a function of (seed, class, number).
+A class is a picture: by default one of 17 photographs, textures and micrographs, of which 7 are gray, so color alone
+does not tell them apart. With --turns it is how far a crop is turned, counterclockwise. Crops for training, with and
+without labels, are of the left two thirds of a picture, those to validate of the right third. A crop is a square of
+--cut pixels, resized to --side, and a function of (seed, class, number).
 """
 
 from pathlib import Path
@@ -19,38 +22,64 @@ from PIL import Image
 import flags
 from utils import UserError
 
-SIDE = 64  # pixels of a crop
 GRAY = ("brick", "camera", "cell", "coins", "grass", "gravel", "moon")
 COLOR = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
+OTHERS = ("china", "flower", "motorcycle")  # two of scikit-learn, and one of a stereo pair
+TURNS = (0, 90, 180, 270)  # degrees
 
 
-def load_pictures():
-    """{class: RGB image}. Raises UserError without scikit-image."""
-    from sklearn.datasets import load_sample_images
+def load_picture(name):
+    """Pixels of a picture that comes with scikit-image or scikit-learn. Raises UserError if there is none."""
+    from sklearn.datasets import load_sample_image
 
     try:
         from skimage import data
     except ModuleNotFoundError:
         raise UserError("examples.crops: needs scikit-image: pip install scikit-image") from None
-    pictures = {name: getattr(data, name)() for name in GRAY + COLOR}
-    pictures |= {"motorcycle": data.stereo_motorcycle()[0]}
-    pictures |= dict(zip(("china", "flower"), load_sample_images().images, strict=True))
-    return {name: Image.fromarray(pixels).convert("RGB") for name, pixels in sorted(pictures.items())}
+    if name in ("china", "flower"):
+        return load_sample_image(f"{name}.jpg")
+    if name == "motorcycle":
+        return data.stereo_motorcycle()[0]
+    if name not in (*GRAY, *COLOR, "page", "text"):
+        raise UserError(f"--pictures {name}: no such folder; names: page, text, {', '.join(GRAY + COLOR + OTHERS)}")
+    return getattr(data, name)()
 
 
-def draw_crop(rng, picture, train):
-    """A random crop (SIDE, SIDE) of the part of a picture for training, or of that for validation."""
+def load_pictures(names=GRAY + COLOR + OTHERS):
+    """{class: RGB image}, sorted. names: for `load_picture`, or folders of pictures. Raises UserError for others."""
+    pictures = {}
+    for name in names:
+        files = sorted(path for path in Path(name).iterdir() if path.is_file()) if Path(name).is_dir() else [name]
+        if not files:
+            raise UserError(f"--pictures {name}: has no pictures")
+        for path in files:
+            try:
+                picture = Image.open(path) if path != name else Image.fromarray(load_picture(name))
+                pictures[Path(path).stem] = picture.convert("RGB")
+            except OSError as error:
+                raise UserError(f"--pictures: {path}: {error}") from None
+    return dict(sorted(pictures.items()))
+
+
+def draw_crop(rng, picture, train, side, cut):
+    """A random crop (side, side) of the part of a picture for training, or of that for validation."""
     split = picture.width * 2 // 3
     left, right = (0, split) if train else (split, picture.width)
-    side = int(rng.integers(48, 97))
-    x, y = rng.integers(left, right - side + 1), rng.integers(picture.height - side + 1)
-    return picture.resize((SIDE, SIDE), Image.BICUBIC, (x, y, x + side, y + side))
+    length = int(rng.integers(cut[0], cut[1] + 1))
+    x, y = rng.integers(left, right - length + 1), rng.integers(picture.height - length + 1)
+    return picture.resize((side, side), Image.BICUBIC, (x, y, x + length, y + length))
 
 
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="where to write")
+    known = "folders of pictures, or names of those that come with scikit-image; default: 17 of them"
+    add("--pictures", default=GRAY + COLOR + OTHERS, nargs="+", metavar="FOLDER", help=known)
+    add("--turns", default=False, action=flags.Switch, help="a class is one of four quarter turns, not a picture")
+    add("--gray", default=False, action=flags.Switch, help="write gray images")
+    add("--side", default=64, type=flags.at_least(1), help="pixels of a written crop")
+    add("--cut", default=(48, 96), type=flags.at_least(1), nargs=2, help="range of its side in the picture, in pixels")
     add("--unlabelled", default=2000, type=flags.at_least(0), help="crops without labels")
     add("--train", default=10, type=flags.at_least(1), help="labelled crops of each class for training")
     add("--val", default=30, type=flags.at_least(1), help="labelled crops of each class for validation")
@@ -59,20 +88,31 @@ def get_args_parser():
 
 
 def main(args):
-    folder, pictures = Path(args.folder), load_pictures()
+    folder, pictures = Path(args.folder), load_pictures(args.pictures)
+    for name, picture in pictures.items():
+        most = min(picture.width - picture.width * 2 // 3, picture.height)
+        if not args.cut[0] <= args.cut[1] <= most:
+            problem = f"must be at most {most}, a third of the width of {name} or its height; the smaller first"
+            raise UserError(f"--cut {args.cut[0]} {args.cut[1]}: {problem}")
+    sources = [(picture, turn) for picture in pictures.values() for turn in (TURNS if args.turns else (0,))]
+    if args.turns:
+        classes = {f"{turn:03}": [source for source in sources if source[1] == turn] for turn in TURNS}
+    else:
+        classes = {name: [source] for name, source in zip(pictures, sources, strict=True)}
 
-    def write(path, key, picture, train):
+    def write(path, key, source, train):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_crop(np.random.default_rng((args.seed, *key)), picture, train).save(path)
+        crop = draw_crop(np.random.default_rng((args.seed, *key)), source[0], train, args.side, args.cut)
+        crop.rotate(source[1]).convert("L" if args.gray else "RGB").save(path)
 
     for split, name, count in ((0, "train", args.train), (1, "val", args.val)):
-        for label, (title, picture) in enumerate(pictures.items()):
+        for label, (title, ours) in enumerate(classes.items()):
             for number in range(count):
-                write(folder / name / title / f"{number:03}.png", (split, label, number), picture, name == "train")
+                path = folder / name / title / f"{number:06}.png"
+                write(path, (split, label, number), ours[number % len(ours)], name == "train")
     for number in range(args.unlabelled):
-        picture = list(pictures.values())[number % len(pictures)]
-        write(folder / "unlabelled" / f"{number:04}.png", (2, number), picture, True)
-    labelled = f"{args.train} to train and {args.val} to validate of each of {len(pictures)} classes"
+        write(folder / "unlabelled" / f"{number:06}.png", (2, number), sources[number % len(sources)], True)
+    labelled = f"{args.train} to train and {args.val} to validate of each of {len(classes)} classes"
     print(f"{args.unlabelled} unlabelled crops, {labelled}: {folder}")
 
 

@@ -1,6 +1,7 @@
 """Samples depend on nothing but (seed, epoch, index, repeat), whatever the loader; augmentation is timm's."""
 
 import argparse
+import itertools
 import random
 import re
 import signal
@@ -99,25 +100,30 @@ def test_a_sample_is_a_crop_of_torchvision_flipped_or_not(tmp_path):
     PHOTO.save(tmp_path / "a.png")
     pixels = v2.functional.pil_to_tensor(PHOTO)
     transform = v2.RandomResizedCrop((96, 64), (0.3, 0.9), interpolation=v2.InterpolationMode.BICUBIC)
-    for hflip in (0, 1):
-        dataset = PretrainDataset(ImageFolder(tmp_path, 3), (96, 64), 6, seed=3, scale=(0.3, 0.9), hflip=hflip)
+    for hflip, vflip in itertools.product((0, 1), repeat=2):
+        options = dict(scale=(0.3, 0.9), hflip=hflip, vflip=vflip)
+        dataset = PretrainDataset(ImageFolder(tmp_path, 3), (96, 64), 6, seed=3, **options)
         for epoch in range(4):
             torch.manual_seed(utils.derive_seed(3, epoch, 0, 0))
             noise, expected = torch.rand(6), transform(pixels)
             image, found, _ = dataset[epoch, 0, 0]
-            assert torch.equal(image.flip(2) if hflip else image, expected) and torch.equal(found, noise)
+            image = image.flip(2) if hflip else image
+            assert torch.equal(image.flip(1) if vflip else image, expected) and torch.equal(found, noise)
 
 
 def test_half_of_the_samples_are_flipped_whatever_their_crops():
-    def draw(hflip):
-        dataset = PretrainDataset(Digits(True, 3), (32, 32), 1, seed=0, hflip=hflip)
+    def draw(hflip, vflip=0):
+        dataset = PretrainDataset(Digits(True, 3), (32, 32), 1, seed=0, hflip=hflip, vflip=vflip)
         _, crops, flips = zip(*[dataset.draw(PHOTO, (0, index, 0)) for index in range(1000)], strict=True)
-        return np.array(flips), np.array(crops)
+        return np.array([[2 in axes, 1 in axes] for axes in flips]), np.array(crops)
 
-    assert not draw(0)[0].any() and draw(1)[0].all() and 0.2 < draw(0.25)[0].mean() < 0.3
-    flips, crops = draw(0.5)
-    assert 0.45 < flips.mean() < 0.55
-    assert np.abs(np.corrcoef(flips, crops.T)[0, 1:]).max() < 0.1
+    for p in (0, 0.25, 0.5, 1):
+        assert draw(p)[0].mean(0) == pytest.approx([p, 0], abs=0.05 * (0 < p < 1))
+    flips, crops = draw(0.5, 0.5)
+    assert flips.mean(0) == pytest.approx([0.5, 0.5], abs=0.05)
+    assert np.array_equal(flips[:, 0], draw(0.5)[0][:, 0])  # a run that flips vertically too draws the others as before
+    correlations = np.corrcoef(flips.T, crops.T)
+    assert np.abs(correlations[0, 1:]).max() < 0.1 and np.abs(correlations[1, 2:]).max() < 0.1
 
 
 def test_arrays_of_any_number_of_channels(tmp_path):
@@ -324,12 +330,12 @@ def test_a_sample_costs_the_same_however_many_images_there_are():
 
 
 def test_the_data_set_of_pre_training(labelled_folder):
-    args = flags("--input_size 64 128 --hflip 1 --scale 0.5 0.6", datasets.add_unlabelled_args)
+    args = flags("--input_size 64 128 --hflip 1 --vflip 1 --scale 0.5 0.6", datasets.add_unlabelled_args)
     args.data_path, args.seed = str(labelled_folder), 8
     dataset = datasets.build_pretrain_dataset(args)
     image, noise, _ = dataset[0, 0, 0]
     assert len(dataset.images) == 22 and image.shape == (3, 64, 128) and noise.shape == (2 * 4,)
-    other = PretrainDataset(ImageFolder(labelled_folder / "train", 3), (64, 128), 8, 8, (0.5, 0.6), 1)
+    other = PretrainDataset(ImageFolder(labelled_folder / "train", 3), (64, 128), 8, 8, (0.5, 0.6), 1, vflip=1)
     assert torch.equal(image, other[0, 0, 0][0])
 
 
@@ -480,9 +486,10 @@ def test_small_training_images_are_whole_and_shifted_by_up_to_four_pixels():
     assert len(found) > 15
 
 
-def test_hflip_is_the_probability_of_a_flip():
-    never, half, always = (train_samples(f"--input_size 32 --aa none --hflip {p}", range(30)) for p in (0, 0.5, 1))
-    assert torch.equal(always, never.flip(3))
+@pytest.mark.parametrize(("flag", "axis"), [("--hflip", 3), ("--hflip 0 --vflip", 2)])
+def test_flips_have_the_given_probability(flag, axis):
+    never, half, always = (train_samples(f"--input_size 32 --aa none {flag} {p}", range(30)) for p in (0, 0.5, 1))
+    assert torch.equal(always, never.flip(axis))
     flipped = [torch.equal(*pair) for pair in zip(half, always, strict=True)]
     assert flipped == [not torch.equal(*pair) for pair in zip(half, never, strict=True)] and 8 < sum(flipped) < 22
 
@@ -530,7 +537,8 @@ def test_arrays_are_augmented_as_pictures_are(tmp_path, size, in_chans):
     array = np.random.default_rng(0).integers(0, 256, (60, 50, in_chans), dtype=np.uint8)
     (tmp_path / "a").mkdir()
     np.save(tmp_path / "a" / "1.npy", array)
-    text = f"--data_set image_folder --input_size {size} --in_chans {in_chans}" + " --aa none" * (in_chans == 5)
+    text = f"--data_set image_folder --input_size {size} --in_chans {in_chans} --vflip 1"
+    text += " --aa none" * (in_chans == 5)
     args = flags(text, data_path=str(tmp_path), eval_data_path=str(tmp_path))
     for dataset, key in (
         (datasets.build_dataset(True, args), (0, 0, 0)),

@@ -166,17 +166,66 @@ def rename_category(path):
     path.write_text(json.dumps(content))
 
 
+def write_crops(folder, flags):
+    crops.main(FlagParser(parents=[crops.get_args_parser()]).parse_args([str(folder), *flags.split()]))
+
+
 def test_crops_for_validation_are_of_parts_that_no_other_crop_has_seen(tmp_path, monkeypatch):
     position = np.dstack([np.tile(np.arange(400) // 2, (100, 1))] * 3).astype(np.uint8)  # half of the column
-    monkeypatch.setattr(crops, "load_pictures", lambda: {name: Image.fromarray(position) for name in "ab"})
-    arguments = [str(tmp_path), "--unlabelled", "8", "--train", "8", "--val", "8"]
-    crops.main(FlagParser(parents=[crops.get_args_parser()]).parse_args(arguments))
+    monkeypatch.setattr(crops, "load_pictures", lambda names: {name: Image.fromarray(position) for name in "ab"})
+    write_crops(tmp_path, "--unlabelled 8 --train 8 --val 8")
     seen, held_out = (
         [np.array(Image.open(path)) for path in tmp_path.glob(f"{name}/*/*.png")] for name in ("train", "val")
     )
     seen += [np.array(Image.open(path)) for path in tmp_path.glob("unlabelled/*.png")]
     assert (len(seen), len(held_out)) == (24, 16) and {pixels.shape for pixels in seen + held_out} == {(64, 64, 3)}
     assert max(map(np.max, seen)) <= 133 and min(map(np.min, held_out)) >= 132  # the border is at column 266
+
+
+def test_crops_of_folders_of_pictures_have_the_size_and_the_color_asked_for(tmp_path):
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (60, 30), color).save(tmp_path / "pictures" / f"{name}.png")
+    counts = "--unlabelled 4 --train 2 --val 1 --side 16 --cut 8 20"
+    write_crops(tmp_path / "color", f"--pictures {tmp_path / 'pictures'} {counts}")
+    write_crops(tmp_path / "gray", f"--pictures {tmp_path / 'pictures'} {counts} --gray")
+    files = {name: sorted((tmp_path / name).glob("**/*.png")) for name in ("color", "gray")}
+    assert [len(paths) for paths in files.values()] == [10, 10]
+    assert {(image.mode, *image.size) for image in map(Image.open, files["color"])} == {("RGB", 16, 16)}
+    assert {(image.mode, *image.size) for image in map(Image.open, files["gray"])} == {("L", 16, 16)}
+    assert {Image.open(path).getpixel((0, 0)) for path in files["color"] if "red" in str(path)} == {(255, 0, 0)}
+
+
+def test_turned_crops_are_labelled_by_their_turn(tmp_path):
+    """The brightness of this picture grows to the right, so after a quarter turn (counterclockwise) to the top."""
+    ramp = np.tile(np.arange(240, dtype=np.uint8), (80, 1))
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(ramp).save(tmp_path / "pictures/ramp.png")
+    write_crops(
+        tmp_path, f"--pictures {tmp_path / 'pictures'} --turns --gray --unlabelled 4 --train 1 --val 1 --cut 64 64"
+    )
+    for turn, (axis, sign) in zip((0, 90, 180, 270), ((1, 1), (0, -1), (1, -1), (0, 1)), strict=True):
+        for split in ("train", "val"):
+            (path,) = (tmp_path / split / f"{turn:03}").iterdir()
+            differences = np.diff(np.array(Image.open(path)).astype(int), axis=axis)
+            assert (sign * differences >= 0).all() and differences.any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--pictures nowhere", "--pictures nowhere: no such folder; names: page, text, brick"),
+        ("--pictures {empty}", "empty: has no pictures"),
+        ("--pictures page --cut 64 192", "--cut 64 192: must be at most 128, a third of the width of page"),
+        ("--pictures page --cut 64 32", "the smaller first"),
+    ],
+)
+def test_crops_that_cannot_be_made_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    flags = flags.format(empty=tmp_path / "empty").split()
+    result = run_script_here(crops, [tmp_path / "crops", *flags], monkeypatch, capsys)
+    assert result.status == 2 and words in result.err and len(result.err.splitlines()) == 1, result.err
+    assert not (tmp_path / "crops").exists()
 
 
 def test_crops_have_seventeen_classes_of_whole_pictures():

@@ -372,6 +372,7 @@ def final(finetune, flags, folder):
         ("", "--aa augmix-m5"),
         ("--aa none", "--color_jitter 0.4"),
         ("", "--hflip 1"),
+        ("", "--vflip 1"),
         ("", "--reprob 1"),
         ("--reprob 1", "--remode const"),
         ("--reprob 1", "--remode rand"),

@@ -279,6 +279,7 @@ def test_the_same_flags_give_the_same_weights_whatever_is_observed(finished, sma
         "--mask_ratio 0.3",
         "--scale 0.8 1",
         "--hflip 1",
+        "--vflip 1",
         "--repeated_sampling 2",
         "--no-norm_pix_loss",
         "--weight_decay 0.5",

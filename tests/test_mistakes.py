@@ -35,6 +35,7 @@ def assert_one_clear_line(result, *words):
         ("--scale 0.8 0.2", ["--scale 0.8 0.2", "the smaller first"]),
         ("--scale 0 1", ["--scale 0.0 1.0", "above 0"]),
         ("--hflip 2", ["--hflip 2", "from 0 to 1"]),
+        ("--vflip -1", ["--vflip -1", "from 0 to 1"]),
         ("--lr nan", ["--lr nan"]),
         ("--blr -1", ["--blr -1"]),
         ("--weight_decay inf", ["--weight_decay inf"]),
