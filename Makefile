@@ -20,7 +20,7 @@ $(VENV)/ready-to-test: $(VENV)/ready
 
 PRETRAIN = $(BIN)/python main_pretrain.py @recipes/demo_digits.args --output_dir $(OUTPUT)
 FINETUNE = $(BIN)/python main_finetune.py @recipes/demo_digits_finetune.args
-TRAIN = $(FINETUNE) --finetune $(OUTPUT)/checkpoint-9.pth --output_dir $(OUTPUT)_finetuned
+TRAIN = $(FINETUNE) --finetune $(OUTPUT)/checkpoint-7.pth --output_dir $(OUTPUT)_finetuned
 EVALUATE = $(FINETUNE) --eval true --output_dir $(OUTPUT)_finetuned
 
 demo: $(VENV)/ready
@@ -31,7 +31,7 @@ demo: $(VENV)/ready
 	@echo "pre-training:    $(PRETRAIN)"
 	@echo "fine-tuning:     $(TRAIN)"
 	@echo "evaluation:      $(EVALUATE)"
-	@echo "pictures:        $(OUTPUT)/reconstruction-0009.png, $(OUTPUT)_finetuned/confusion.png"
+	@echo "pictures:        $(OUTPUT)/reconstruction-0007.png, $(OUTPUT)_finetuned/confusion.png"
 	@echo "logs:            $(OUTPUT)/log.txt, $(OUTPUT)_finetuned/log.txt, or $(BIN)/tensorboard --logdir output"
 	@echo "on your images:  $(BIN)/python main_pretrain.py --data_path YOUR_IMAGES --model convnextv2_atto --output_dir output/mine"
 

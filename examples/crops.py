@@ -55,9 +55,12 @@ def load_pictures(names=GRAY + COLOR + OTHERS):
         for path in files:
             try:
                 picture = Image.open(path) if path != name else Image.fromarray(load_picture(name))
-                pictures[Path(path).stem] = picture.convert("RGB")
+                picture, title = picture.convert("RGB"), Path(path).stem
             except OSError as error:
                 raise UserError(f"--pictures: {path}: {error}") from None
+            if title in pictures:
+                raise UserError(f"--pictures: {path}: another picture has this name too; rename one of them")
+            pictures[title] = picture
     return dict(sorted(pictures.items()))
 
 
