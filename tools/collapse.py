@@ -2,7 +2,7 @@
 
 python -m tools.collapse --checkpoint output/tiny/checkpoint-799.pth --images imagenet/val --num_images 1000
 python -m tools.collapse --checkpoint A.pth B.pth --images imagenet/val --output collapse.png    # beside each other
-python -m tools.collapse --checkpoint output/digits/checkpoint-9.pth --data_set DIGITS          # needs no images
+python -m tools.collapse --checkpoint output/digits/checkpoint-7.pth --data_set DIGITS          # needs no images
 """
 
 import os
