@@ -1,8 +1,9 @@
 """timm's AutoAugment and RandAugment on batches of uint8, on any device: timm draws, Pillow's pixels result.
 
 A loader worker only notes what a policy would do to each image (`on_tensors`), and sorts the notes of a batch by
-operation (`sort_notes`). On the device `augment` does each operation to all its images at once, without ever waiting.
-All is Pillow's bit for bit but shifts and rotations: in float32 instead of float64 single values are one level off.
+operation (`sort_notes`). On the device `augment` does each operation to all its images at once, and never waits for it.
+All is Pillow's bit for bit but shifts and rotations: in float32 instead of float64 single values are one level off,
+which an operation after it may enlarge.
 """
 
 import functools
@@ -67,13 +68,13 @@ def makes_notes(policy):
     operations = list(getattr(policy, "ops", ()) or itertools.chain(*getattr(policy, "policy", ())))
     names = [operation.name.removesuffix("Increasing").removesuffix("Original") for operation in operations]
     is_sequence = isinstance(policy, auto_augment.RandAugment | auto_augment.AutoAugment)
-    is_here = is_sequence and all(name in OPERATIONS or name.startswith(MOVES) for name in names)
+    is_known = is_sequence and all(name in OPERATIONS or name.startswith(MOVES) for name in names)
     for operation, name in zip(operations, names, strict=True):
-        if is_here and name in OPERATIONS:
+        if is_known and name in OPERATIONS:
             operation.aug_fn = functools.partial(note, name)
         elif name == "Posterize":
             operation.aug_fn = posterize_image
-    return is_here
+    return is_known
 
 
 def take_notes(policy, img):
@@ -132,7 +133,7 @@ def invert(imgs, _):
 
 
 def posterize(imgs, bits):
-    return imgs & (255 << (8 - bits[0].int())).byte()
+    return imgs & (255 << (8 - bits[0].int()).clamp(min=0)).byte()  # timm may draw more than 8 bits: all of them
 
 
 def solarize(imgs, threshold):
@@ -206,9 +207,9 @@ def look_up(tables, values):
 # Moves: the pixel (x, y), whose center is (x + 0.5, y + 0.5), gets the value at another place
 
 
-def count_along(imgs, axis, start=0, more=0):
-    """int32 from start to (the length of an axis of (n, C, H, W)) + more, to broadcast with the images."""
-    numbers = torch.arange(start, imgs.shape[axis] + more, dtype=torch.int32, device=imgs.device)
+def count_along(imgs, axis, start=0, extra=0):
+    """int32 from start to (the length of an axis of (n, C, H, W)) + extra, to broadcast with the images."""
+    numbers = torch.arange(start, imgs.shape[axis] + extra, dtype=torch.int32, device=imgs.device)
     return numbers.view([-1 if i == axis else 1 for i in range(4)])
 
 
@@ -265,9 +266,9 @@ def rotate(imgs, amounts, fill, resample):
     of_image = count_along(imgs, 0) * height
     tops = [(top + i).clamp_(0, height - 1) + of_image for i in (-1, 0, 1, 2)]
     index = torch.stack(tops, -1) * (width + 4) + (left.clamp_(-1, width - 1) + 1)[..., None]
-    fours = weigh(rows.unfold(0, 4 * channels, channels), index, down)
-    index = torch.arange(4 * len(fours), dtype=torch.int32, device=imgs.device)
-    pixels = weigh(fours.view(-1, channels), index, across)
+    neighbors = weigh(rows.unfold(0, 4 * channels, channels), index, down)
+    index = torch.arange(4 * len(neighbors), dtype=torch.int32, device=imgs.device)
+    pixels = weigh(neighbors.view(-1, channels), index, across)
     return finish(pixels.view(n, height, width, channels).permute(0, 3, 1, 2), outside, fill)
 
 

@@ -363,9 +363,9 @@ def number(accepts):
 FLAGS_READ = {
     "input_size": (..., SIDE, [SIDE], [SIDE, SIDE]),
     "crop_pct": (..., None, number(lambda value: 0 < value <= 1)),
-    "pixel_range": (..., None, [NUMBER, NUMBER]),
-    "mean": (..., None, [number(math.isfinite), ...]),
-    "std": (..., None, [number(lambda value: 0 < value < math.inf), ...]),
+    "pixel_range": (..., None, lambda value: fits(value, [NUMBER, NUMBER]) and value[0] < value[1]),
+    "mean": (..., None, [number(lambda value: abs(value) < 2**64), ...]),
+    "std": (..., None, [number(lambda value: 0 < value < 2**64), ...]),
     "mask_ratio": (..., number(lambda value: 0 < value < 1)),
     "norm_pix_loss": (..., bool),
     "label_column": (..., str),

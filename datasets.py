@@ -4,9 +4,7 @@ Every random draw of a sample is a function of (seed, epoch, index, repeat), and
 epoch), whatever the number of workers and ranks; a run resumes at any step without a saved generator state.
 """
 
-import csv
 import functools
-import io
 import itertools
 import math
 import os
@@ -23,7 +21,7 @@ import flags
 import sources
 import tasks
 import utils
-from checkpoints import write_whole
+from checkpoints import write_csv, write_whole
 from flags import Switch, at_least, fraction
 from image_sets import build_images, check_color_mode, first_of_each_class, split_validation
 from images import RandomCrop, check_resized, decode, statistics_of, to_tensor, try_open
@@ -232,12 +230,11 @@ def find_labels(images, args):
 
 def write_validation_list(images, args):
     """validation.csv: path and labels of the images that --val_fraction holds out."""
-    text, titles = io.StringIO(), split_columns(args.label_column)
+    titles = split_columns(args.label_column)
     labels = (images.class_names[label].split(sources.SEPARATOR, len(titles) - 1) for label in images.targets)
     rows = ((os.path.abspath(images.name(i)), *cells) for i, cells in enumerate(labels))
-    csv.writer(text).writerows([("path", *titles), *rows])
-    content = text.getvalue().encode(errors="surrogateescape")
-    write_whole(os.path.join(args.output_dir, "validation.csv"), lambda file: file.write(content))
+    path = os.path.join(args.output_dir, "validation.csv")
+    write_whole(path, lambda file: write_csv(file, [("path", *titles), *rows]))
 
 
 def build_labelled_sets(args, task=None):

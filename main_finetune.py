@@ -253,8 +253,8 @@ def evaluate_only(args, device):
     args = adopt_training_flags(args, checkpoint, path, model)
     _, dataset, task = datasets.build_labelled_sets(args, task)
     if model.head.out_features != len(task.names):
-        has = utils.format_count(model.head.out_features, "class")
-        raise UserError(f"{path}: has {has}, the data {len(task.names)}")
+        classes = utils.format_count(model.head.out_features, "class")
+        raise UserError(f"{path}: has {classes}, the data {len(task.names)}")
 
     # model
     model = utils.to_device(model, device, args.triton)

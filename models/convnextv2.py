@@ -55,21 +55,24 @@ class Block(nn.Module):
 
         The MLP's last matrix product then adds the shortcut, which saves passes over memory. x: the block's input.
         """
-        is_ours = type(self).mlp is Block.mlp and is_plain(self.drop_path, nn.Identity, x)
+        is_ours = (
+            type(self).mlp is Block.mlp and "mlp" not in self.__dict__ and is_plain(self.drop_path, nn.Identity, x)
+        )
         if is_ours and runs_kernel(self.dwconv, x):
             return output_bias(x, self.norm, self.pwconv1, self.act, self.grn, self.pwconv2)
         return None
 
-    def add_mlp(self, shortcut, x, bias):
-        """shortcut + the MLP of x, (N, ..., C) each. bias: what of it the shortcut has already, or None."""
-        if bias is None:
-            return shortcut + self.drop_path(self.mlp(x))
+    def add_mlp(self, shortcut, x):
+        """shortcut + the MLP of x, (N, ..., C) each, where the shortcut has `shortcut_bias`."""
         return fused_mlp(x, self.norm, self.pwconv1, self.grn, self.pwconv2, shortcut)
 
     def forward(self, x):
         bias = self.shortcut_bias(x)
         y, x = depthwise_conv(x, self.dwconv, bias)
-        return self.add_mlp(x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1), bias).permute(0, 3, 1, 2)
+        y = y.permute(0, 2, 3, 1)
+        if bias is not None:
+            return self.add_mlp(x.permute(0, 2, 3, 1), y).permute(0, 3, 1, 2)
+        return x + self.drop_path(self.mlp(y).permute(0, 3, 1, 2))
 
 
 def make_drop_path(rate):

@@ -36,7 +36,7 @@ class SparseBlock(Block):
     def forward(self, x, sites):
         bias = self.shortcut_bias(x)
         y, x = sparse_depthwise_conv(x, self.dwconv, sites, bias)
-        return self.add_mlp(x, y, bias)
+        return x + self.drop_path(self.mlp(y)) if bias is None else self.add_mlp(x, y)
 
 
 def squares_to_channels(imgs, side):

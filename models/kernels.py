@@ -147,7 +147,7 @@ def _conv_kernel(
     start = tl.load(bias + shared, mask=shared < C, other=0).to(dtype)
     added_sum = tl.zeros((TILES, CHANNELS), dtype)
     if shift is not None:
-        moved = tl.load(shift + shared, mask=shared < C, other=0).to(dtype)
+        offsets = tl.load(shift + shared, mask=shared < C, other=0).to(dtype)
     factors = ()
     for tap in tl.static_range(SIDE * SIDE):
         factors += (tl.load(taps + tap * C + shared, mask=shared < C, other=0).to(dtype),)
@@ -172,7 +172,7 @@ def _conv_kernel(
                     added_sum += value
                 tl.store(out + first_site + offset * C, total.to(out.dtype.element_ty), mask=mask)
                 if shift is not None:
-                    value = tl.load(x + first_site + offset * C, mask=mask, other=0).to(dtype) + moved
+                    value = tl.load(x + first_site + offset * C, mask=mask, other=0).to(dtype) + offsets
                     tl.store(shifted + first_site + offset * C, value.to(shifted.dtype.element_ty), mask=mask)
     if partial is not None:
         tl.store(partial + tl.program_id(0) * C + channel, tl.sum(added_sum, axis=0), mask=channel < C)
@@ -231,7 +231,7 @@ def _plan(x, visible, slots, programs):
     block = 32 if 0 < channels % 64 <= 32 else 64  # 64 load better, unless half of the last block would be idle
     elements = BLOCK // 2 if slots is None or x.element_size() > 2 else BLOCK
     blocks, tiles = math.ceil(channels / block), elements // block
-    tiles_per_program = tiles * math.ceil(num_tiles * blocks / (tiles * programs))
+    tiles_per_program = tiles * max(math.ceil(num_tiles * blocks / (tiles * programs)), 1)
     sizes = dict(num_tiles=num_tiles, tiles_per_program=tiles_per_program)
     sizes |= dict(num_visible=num_visible, height=height, width=width)
     sizes |= dict(C=channels, K=k, T=tile, TILES=tiles, CHANNELS=block, num_warps=NUM_WARPS, num_stages=1)
@@ -287,10 +287,10 @@ def _conv_triton(x, taps, bias, added, shift, sum_added, visible, slots):
 
 
 def _conv_fake(x, taps, bias, added, shift, sum_added, visible, slots):
-    like = dict(memory_format=torch.contiguous_format)
-    shifted = x.new_empty(0) if shift is None else torch.empty_like(x, **like)
+    layout = dict(memory_format=torch.contiguous_format)
+    shifted = x.new_empty(0) if shift is None else torch.empty_like(x, **layout)
     sums = x.new_empty(x.shape[-1] if sum_added else 0, dtype=_sum_type(x))
-    return torch.empty_like(x if added is None else added, **like), shifted, sums
+    return torch.empty_like(x if added is None else added, **layout), shifted, sums
 
 
 def _weight_grad_plain(
@@ -331,9 +331,10 @@ def _conv_setup(ctx, inputs, output):
 
 def _conv_backward(ctx, grad, grad_shifted, grad_sums):
     grad_shifted = None if ctx.shift_dtype is None else grad_shifted
-    *grads, grad_shift = _conv_gradients(grad, grad_shifted, True, *ctx.saved_tensors, ctx.needs_input_grad)
+    sum_added = ctx.needs_input_grad[4]
+    *grads, grad_shift = _conv_gradients(grad, grad_shifted, sum_added, *ctx.saved_tensors, ctx.needs_input_grad)
     grad_added = (grad + grad_sums if ctx.sum_added else grad) if ctx.needs_input_grad[3] else None
-    grad_shift = None if grad_shifted is None else grad_shift.to(ctx.shift_dtype)
+    grad_shift = grad_shift.to(ctx.shift_dtype) if sum_added else None
     return *grads, grad_added, grad_shift, None, None, None
 
 

@@ -91,6 +91,14 @@ def test_a_move_beyond_the_image_leaves_the_fill():
         assert (augment_all([PHOTO], [notes]) == torch.tensor([1, 2, 3]).view(1, 3, 1, 1)).all()
 
 
+@pytest.mark.parametrize("bits", [8, 9, 12])
+def test_posterize_to_all_bits_or_more_changes_nothing(bits):
+    """As timm draws by a policy like rand-m30-mmax30."""
+    img = to_tensor(PHOTO)[None]
+    amounts = torch.full((2, 1, 1, 1, 1), bits, dtype=torch.float64)
+    assert torch.equal(augmentations.posterize(img, amounts), img)
+
+
 def test_posterize_to_no_bits_is_black():
     assert not augment_all([PHOTO], [[(("Posterize",), (0,))]]).any()
     assert not np.asarray(augmentations.posterize_image(PHOTO, 0)).any()

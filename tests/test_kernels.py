@@ -486,6 +486,30 @@ def test_a_block_with_another_mlp_calls_it():
     use_triton(True)
     block, x = randomise(Mine(8)).to(DEVICE), torch.randn(2, 8, 3, 4, device=DEVICE)
     assert torch.equal(block(x), x)
+    block = randomise(Block(8)).to(DEVICE)
+    block.mlp = lambda x: 0 * x
+    assert torch.equal(block(x), x)
+
+
+@needs_kernels
+def test_an_empty_batch_has_gradients_of_zero():
+    use_triton(True)
+    block, x = Block(8).to(DEVICE), torch.zeros(0, 8, 3, 4, device=DEVICE, requires_grad=True)
+    block(x).sum().backward()
+    assert x.grad.shape == x.shape and not block.dwconv.weight.grad.any() and not block.pwconv2.bias.grad.any()
+
+
+@needs_kernels
+def test_a_shortcut_without_gradients_costs_no_convolution(monkeypatch):
+    """Nor is anything else lost: the last layer's and GRN's parameters are frozen, and x is an image."""
+    use_triton(True)
+    block, x = randomise(Block(8)).to(DEVICE), torch.randn(2, 8, 3, 4, device=DEVICE)
+    for parameter in (*block.pwconv2.parameters(), *block.grn.parameters()):
+        parameter.requires_grad_(False)
+    y = block(x)
+    monkeypatch.setattr(kernels, "_conv", lambda *_: pytest.fail("a convolution of no use"))
+    y.sum().backward()
+    assert block.dwconv.weight.grad.any()
 
 
 # ---- Where they run
