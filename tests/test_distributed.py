@@ -1,6 +1,7 @@
 """Several ranks train as one, resume exactly, and end together when one of them dies."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -193,7 +194,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     ends = [end(process) for process in processes]
     assert [status for status, _ in ends] == [75, 75], ends
-    assert "stopped by SIGUSR2" in ends[0][1]
+    assert re.search("stopped by SIG(USR2|TERM)", ends[0][1])  # whichever of the two its threads take first
     assert len(list(tmp_path.glob("*.pth"))) == 1
     runs.run_on_two(tmp_path)
     assert_same(runs.two, tmp_path)
