@@ -218,6 +218,7 @@ def test_turned_crops_are_labelled_by_their_turn(tmp_path):
         ("--pictures {empty}", "empty: has no pictures"),
         ("--pictures page --cut 64 192", "--cut 64 192: must be at most 128, a third of the width of page"),
         ("--pictures page --cut 64 32", "the smaller first"),
+        ("--pictures page page", "page: another picture has this name too; rename one of them"),
     ],
 )
 def test_crops_that_cannot_be_made_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
