@@ -160,14 +160,16 @@ class FCMAE(nn.Module):
     # ---- Loss
 
     def patch_targets(self, patches):
-        """What to predict of patches (N, L, P), and each patch's mean and standard deviation (N, L, 1)."""
-        mean = patches.mean(dim=-1, keepdim=True)
-        std = (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
-        return ((patches - mean) / std if self.norm_pix_loss else patches), mean, std
+        """What to predict of patches (N, L, P): with norm_pix_loss (x - mean) / (variance + 1e-6)^0.5 of each."""
+        if not self.norm_pix_loss:
+            return patches
+        values = patches.shape[-1]
+        unbiased = (values - 1) / values  # the variance is that of MAE, with P - 1; a layer norm divides by P
+        return F.layer_norm(patches, (values,), eps=1e-6 * unbiased) * unbiased**0.5
 
     def patch_loss(self, pred, patches):
         """Mean squared error of each predicted patch: pred and patches (N, R, P) -> (N, R)."""
-        target, _, _ = self.patch_targets(patches)
+        target = self.patch_targets(patches)
         return ((pred.to(target.dtype) - target) ** 2).mean(dim=-1)
 
     def forward_loss(self, imgs, pred, mask, masked=None):
@@ -212,11 +214,11 @@ class FCMAE(nn.Module):
         pred = pred.flatten(2).transpose(1, 2).to(imgs.dtype)
         patches = self.patchify(imgs)
         if self.norm_pix_loss:
-            _, *statistics = self.patch_targets(patches)
+            var, mean = torch.var_mean(patches, -1, keepdim=True)
+            std = (var + 1e-6) ** 0.5
             if not true_statistics:
                 visible = (1 - mask)[:, :, None] / (1 - mask).sum(1)[:, None, None]
-                statistics = [(x * visible).sum(1, keepdim=True) for x in statistics]
-            mean, std = statistics
+                mean, std = ((x * visible).sum(1, keepdim=True) for x in (mean, std))
             pred = pred * std + mean
         patches = torch.where(mask[:, :, None].bool(), pred, patches)
         return self.unpatchify(patches, tuple(size // self.patch_size for size in imgs.shape[2:]))
