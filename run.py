@@ -399,10 +399,11 @@ def log_configuration(run, schedule, model_description, loader):
     precision = f"{args.amp_dtype} autocast" if args.use_amp else "float32"
     compiled = ", compiled" if args.compile else ""
     ranks = utils.format_count(utils.get_world_size(), "rank")
-    steps = f"{run.steps_per_epoch} steps of {effective_batch_size(args)} an epoch"
+    steps = f"{utils.format_count(run.steps_per_epoch, 'step')} of {effective_batch_size(args)} an epoch"
     where = f"epoch {run.epoch}, step {run.step}" if run.epochs_done else "the beginning"
     log(f"{args.model}, {model_description}")
-    log(f"{len(run.images)} images, {steps}, {args.epochs} epochs, from {where}; seed {args.seed}")
+    images, epochs = utils.format_count(len(run.images), "image"), utils.format_count(args.epochs, "epoch")
+    log(f"{images}, {steps}, {epochs}, from {where}; seed {args.seed}")
     decay = f"weight decay {args.weight_decay:g}"
     log(f"peak learning rate {schedule.peak_lr:.2e} after {schedule.warmup_epochs:g} epochs of warm-up; {decay}")
     if schedule.warmup_epochs >= args.epochs:

@@ -785,7 +785,7 @@ def test_unreadable_images_are_named_and_counted(small, finetune, labelled_folde
         path.write_bytes(path.read_bytes()[:100])
     flags = [*small, "--data_path", tmp_path / "data", "--batch_size", 22, "--output_dir", tmp_path / "run"]
     result = finetune(*flags)
-    assert result.status == 0 and "22 images, 1 steps of 22 an epoch" in result.out
+    assert result.status == 0 and "22 images, 1 step of 22 an epoch" in result.out
     for name in ("train/bee/01.png", "val/cat/02.png"):
         assert result.out.count(f"left out: {tmp_path / 'data' / name}") == 1  # once, not once an epoch
     assert result.out.count("(6 images, 1 unreadable left out)") == 2

@@ -17,7 +17,7 @@ from images import COLOR_MODES
 from models.utils import GRN
 from tools import common
 from tools.figure import add_legends, check_figure, choose_colors, make_figure, save_figure, shorten_paths
-from utils import UserError
+from utils import UserError, format_count
 
 BATCH = 8  # images at a time
 DEAD = 0.01  # a channel is dead in an image if its norm is at most this fraction of the channels' mean norm
@@ -155,7 +155,7 @@ def main(args):
     for name, (model, transform) in zip(shorten_paths(paths), networks, strict=True):
         images = read_images(args, model.config["in_chans"], transform)
         height, width = images[0].shape[1:]
-        print(f"{name}: {len(images)} images of {height} x {width} pixels", flush=True)
+        print(f"{name}: {format_count(len(images), 'image')} of {height} x {width} pixels", flush=True)
         curves[name] = measure(model.to(args.device), images)
     print("cosine distance between channels, before and after GRN: 0 = all alike (collapsed), 0.5 = orthogonal")
     print_tables(curves)

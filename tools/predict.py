@@ -171,7 +171,7 @@ def write_table(args, journal, images, ending, task):
         os.replace(journal.folder / "rows.npy", args.output)
     journal.remove()
     unreadable = f", {len(errors)} unreadable, such as {images.name(min(errors))}" if errors else ""
-    log(f"{len(images)} images{unreadable}: {args.output}")
+    log(f"{utils.format_count(len(images), 'image')}{unreadable}: {args.output}")
     return rows, errors
 
 

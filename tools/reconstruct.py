@@ -54,7 +54,7 @@ def main(args):
     with utils.name_in_errors("--mask_ratio"):
         picture = draw_reconstructions(model, imgs, mask_ratio=ratio, statistics=seen.statistics)
     write_output(args.output, lambda file: picture.save(file, file_format))
-    print(f"{len(imgs)} images, mask ratio {ratio}: {args.output}")
+    print(f"{utils.format_count(len(imgs), 'image')}, mask ratio {ratio}: {args.output}")
 
 
 if __name__ == "__main__":
