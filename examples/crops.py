@@ -45,7 +45,7 @@ def load_picture(name):
     return getattr(data, name)()
 
 
-def load_pictures(names=GRAY + COLOR + OTHERS):
+def load_pictures(names):
     """{class: RGB image}, sorted. names: for `load_picture`, or folders of pictures. Raises UserError for others."""
     pictures = {}
     for name in names:
@@ -77,8 +77,8 @@ def get_args_parser():
     parser = flags.FlagParser(add_help=False)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="where to write")
-    known = "folders of pictures, or names of those that come with scikit-image; default: 17 of them"
-    add("--pictures", default=GRAY + COLOR + OTHERS, nargs="+", metavar="FOLDER", help=known)
+    known = "folders of pictures, or names of those that come with scikit-image; None: 17 of them"
+    add("--pictures", nargs="+", metavar="FOLDER", help=known)
     add("--turns", default=False, action=flags.Switch, help="a class is one of four quarter turns, not a picture")
     add("--gray", default=False, action=flags.Switch, help="write gray images")
     add("--side", default=64, type=flags.at_least(1), help="pixels of a written crop")
@@ -91,7 +91,7 @@ def get_args_parser():
 
 
 def main(args):
-    folder, pictures = Path(args.folder), load_pictures(args.pictures)
+    folder, pictures = Path(args.folder), load_pictures(args.pictures or GRAY + COLOR + OTHERS)
     for name, picture in pictures.items():
         most = min(picture.width - picture.width * 2 // 3, picture.height)
         if not args.cut[0] <= args.cut[1] <= most:
