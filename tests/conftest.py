@@ -69,7 +69,17 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def small(image_folder):
+def narrow():
+    """Put fewer blocks and channels into both convnextv2_atto, for runs whose size does not matter."""
+    size = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convnextv2, "convnextv2_atto", functools.partial(convnextv2.ConvNeXtV2, **size))
+        patch.setattr(fcmae, "convnextv2_atto", functools.partial(fcmae.FCMAE, **size))
+        yield
+
+
+@pytest.fixture
+def small(image_folder, narrow):
     """5 steps an epoch: 22 images in batches of 4."""
     return [*SMALL, "--data_path", image_folder, "--batch_size", 4, "--warmup_epochs", 1, "--epochs", 2]
 
@@ -148,14 +158,6 @@ def run_script_here(module, flags, monkeypatch, capsys):
         utils.run_main(module.main, parser.parse_args(), parser.prog)
 
     return run_here(run, [parser.prog, *flags], monkeypatch, capsys)
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Put fewer blocks and channels into both convnextv2_atto, for runs whose size does not matter."""
-    size = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
-    monkeypatch.setattr(convnextv2, "convnextv2_atto", functools.partial(convnextv2.ConvNeXtV2, **size))
-    monkeypatch.setattr(fcmae, "convnextv2_atto", functools.partial(fcmae.FCMAE, **size))
 
 
 @pytest.fixture

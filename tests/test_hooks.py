@@ -33,12 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def small(small, narrow):
-    """With a smaller model."""
-    return small
-
-
-@pytest.fixture
 def everything(small, labelled_folder):
     """All that observes pre-training."""
     flags = f"--probe_freq 1 --probe_data_path {labelled_folder} --picture_freq 1 --profile_steps 1:3 --print_freq 2"

@@ -37,7 +37,7 @@ EVERYTHING = (
 
 
 @pytest.fixture
-def small(labelled_folder):
+def small(labelled_folder, narrow):
     """5 steps an epoch: 22 images in batches of 4. The head starts large enough for the backbone to learn at once."""
     flags = "--batch_size 4 --warmup_epochs 1 --epochs 2 --lr 1e-3 --head_init_scale 1".split()
     return [*TINY, "--data_path", labelled_folder, *flags]
@@ -177,7 +177,7 @@ def test_tensorboard_holds_accuracies_and_the_confusion(finished):
 
 def test_the_console_reports_the_evaluations(finished):
     out, lines = (finished / "stdout.txt").read_text(), log_lines(finished)
-    assert "convnextv2_atto, 3 classes: 3.4 M parameters" in out and "22 images, 5 steps of 4 an epoch" in out
+    assert "convnextv2_atto, 3 classes: 0.0 M parameters" in out and "22 images, 5 steps of 4 an epoch" in out
     for line in lines:
         assert f"evaluation: top-1 {line['test_acc1']:.2f} %  top-5 100.00 %  loss {line['test_loss']:.4f}" in out
         assert f"EMA weights: top-1 {line['test_acc1_ema']:.2f} %" in out
@@ -460,8 +460,8 @@ def test_layer_decay_scales_the_rate_of_each_layer(brief, finetune, tmp_path):
         assert saved["lr"] == pytest.approx(rate * saved["lr_scale"])
         scales |= {names[id(parameter)]: saved["lr_scale"] for parameter in group["params"]}
     assert scales["head.weight"] == scales["norm.bias"] == 1
-    assert scales["stages.3.1.dwconv.weight"] == 0.5 and scales["stages.3.0.dwconv.weight"] == 0.25  # depths 2, 2, 6, 2
-    assert scales["downsample_layers.0.0.weight"] == scales["stages.0.0.norm.weight"] == 0.5**12
+    assert scales["stages.3.0.dwconv.weight"] == 0.5 and scales["stages.2.1.dwconv.weight"] == 0.25  # depths 1, 1, 2, 1
+    assert scales["downsample_layers.0.0.weight"] == scales["stages.0.0.norm.weight"] == 0.5**5
 
 
 def test_compile_device_and_precision_reach_the_model(small, narrow, finetune, monkeypatch):
@@ -496,7 +496,7 @@ def test_nb_classes_is_checked(brief, finetune):
 def test_sizes_channels_and_stems_change_the_model(small, finetune, tmp_path):
     flags = [*small, *"--epochs 1 --input_size 32 48 --in_chans 1 --stem_stride 2 --batch_size 11".split()]
     state = final(finetune, flags, tmp_path)["model"]
-    assert state["downsample_layers.0.0.weight"].shape == (40, 1, 2, 2) and state["head.weight"].shape == (3, 320)
+    assert state["downsample_layers.0.0.weight"].shape == (8, 1, 2, 2) and state["head.weight"].shape == (3, 32)
 
 
 def test_channels_of_any_number_come_from_arrays(small, finetune, tmp_path):
@@ -512,7 +512,7 @@ def test_channels_of_any_number_come_from_arrays(small, finetune, tmp_path):
 
 
 @pytest.fixture
-def pretrained(shared, pretrain, labelled_folder):
+def pretrained(shared, narrow, pretrain, labelled_folder):
     """A checkpoint of pre-training; made once."""
     path = shared / "pretrained" / "checkpoint-0.pth"
     if not path.exists():
@@ -551,7 +551,7 @@ def test_finetune_keeps_a_head_of_as_many_classes_only(finished, untrained, fine
     result = finetune(*untrained, "--data_path", two, "--finetune", start, "--output_dir", tmp_path / "two")
     assert "left out the head: it has 3 classes, not 2" in result.out and "newly initialized: head" in result.out
     other = weights(tmp_path / "two", "checkpoint-0.pth")
-    assert other["head.weight"].shape == (2, 320) and torch.equal(other["norm.weight"], same["norm.weight"])
+    assert other["head.weight"].shape == (2, 32) and torch.equal(other["norm.weight"], same["norm.weight"])
 
 
 def test_finetune_averages_the_stem_for_grey_images(pretrained, untrained, finetune, tmp_path):
@@ -585,8 +585,10 @@ def test_weights_of_blocks_with_other_options_are_refused(finished, small, finet
     assert result.status == 2 and "other.pth: a network with options {'activation': 'relu'}, not {}" in result.err
 
 
-def test_weights_of_another_size_name_the_flag_that_fits_them(finished, small, finetune):
-    result = finetune(*small, "--model", "convnextv2_nano", "--finetune", finished / "checkpoint-1.pth")
+def test_weights_of_another_size_name_the_flag_that_fits_them(small, finetune, tmp_path):
+    atto = convnextv2.ConvNeXtV2(num_classes=3, **convnextv2.SIZES["convnextv2_atto"])
+    torch.save({"model": atto.state_dict()}, tmp_path / "atto.pth")
+    result = finetune(*small, "--model", "convnextv2_nano", "--finetune", tmp_path / "atto.pth")
     assert result.status == 2 and "has the weights of convnextv2_atto: give --model convnextv2_atto" in result.err
 
 

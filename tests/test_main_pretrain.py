@@ -50,7 +50,7 @@ def test_the_console_reports_configuration_and_progress(finished):
 def test_log_txt_has_a_line_an_epoch(finished):
     lines = [json.loads(line) for line in (finished / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
-    assert all(0.1 < line["train_loss"] < 10 and line["n_parameters"] > 3e6 for line in lines)
+    assert all(0.1 < line["train_loss"] < 10 and line["n_parameters"] > 1e4 for line in lines)
 
 
 def test_tensorboard_holds_scalars_and_pictures(finished):
@@ -232,13 +232,13 @@ def test_resume_of_another_size_of_model_is_refused(finished, small, pretrain):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(small, pretrain, tmp_path, monkeypatch):
-    """The kernel refuses to write more than 1 MiB to a file during the second of three saves."""
+    """The kernel refuses to write more than 16 KiB to a file during the second of three saves."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     save, saves = checkpoints.save_model, []
 
     def save_with_limit(*args, **kwargs):
         saves.append(1)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 if len(saves) == 2 else limits[0], limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14 if len(saves) == 2 else limits[0], limits[1]))
         try:
             save(*args, **kwargs)
         finally:
@@ -307,7 +307,7 @@ def test_flags_of_the_model_change_its_shapes(small, pretrain, tmp_path):
         tmp_path,
         *"--stem_stride 2 --input_size 32 48 --in_chans 1 --decoder_depth 2".split(),
     )
-    assert changed["encoder.downsample_layers.0.0.weight"].shape == (40, 1, 2, 2)
+    assert changed["encoder.downsample_layers.0.0.weight"].shape == (8, 1, 2, 2)
     assert changed["pred.weight"].shape == (256, 16, 1, 1) and "decoder.1.norm.weight" in changed
 
 
