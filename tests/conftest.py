@@ -1,6 +1,7 @@
 """Shared by the tests: small images, and the script run in this process as from a command line."""
 
 import functools
+import importlib
 import io
 import json
 import multiprocessing
@@ -172,10 +173,16 @@ def finetune(capsys, monkeypatch):
     return lambda *flags: run_script_here(main_finetune, flags, monkeypatch, capsys)
 
 
+# What a script imports as it runs, in three seconds
+IMPORTED_LATER = "torch._dynamo torch.utils.tensorboard torchvision.transforms.v2 timm.data timm.optim timm.utils".split()
+
+
 class Fork:
     """A script with flags in a process of its own, as a `subprocess.Popen`, but forked, as importing takes seconds."""
 
     def __init__(self, module, flags, **environment):
+        for name in IMPORTED_LATER:
+            importlib.import_module(name)
         reader, writer = os.pipe()
         context = multiprocessing.get_context("fork")
         self.process = context.Process(target=run_as_script, args=(module, flags, environment, writer))

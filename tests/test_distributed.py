@@ -144,9 +144,11 @@ def test_two_ranks_and_accumulation_train_as_one(runs):
 
 def test_as_many_processes_go_on_bit_for_bit_whatever_starts_them(runs, tmp_path):
     folder = copy_middle(runs.two, tmp_path / "run")
-    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
-    flags = [*runs.flags, "--batch_size", 4, "--output_dir", folder]
-    out = finish(start(runs.module, *flags, launcher=launcher))
+    if runs.module is main_pretrain:
+        launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port", free_port())
+        out = finish(start(runs.module, *runs.flags, "--batch_size", 4, "--output_dir", folder, launcher=launcher))
+    else:
+        out = runs.run_on_two(folder)
     assert f"resuming from {folder / MIDDLE}: epoch 0, step {STEPS // 2}" in out and "2 ranks" in out
     assert_same(runs.two, folder)
 
@@ -202,7 +204,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(runs, tmp_path):
 
 @pretraining
 def test_after_a_kill_torchrun_restarts_from_the_newest_checkpoint(runs, tmp_path):
-    flags = [*runs.flags, "--batch_size", 4, "--output_dir", tmp_path]
+    flags = [*runs.flags, *"--batch_size 4 --probe_freq 0 --watch train_loss --output_dir".split(), tmp_path]
     torchrun = start(runs.module, *flags, launcher=[*TORCHRUN, "--max-restarts=1"])
     wait_for(torchrun, "epoch 1/2  step 2/")
     os.kill(process_of_rank(1, torchrun.pid), signal.SIGKILL)
