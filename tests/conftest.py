@@ -174,7 +174,9 @@ def finetune(capsys, monkeypatch):
 
 
 # What a script imports as it runs, in three seconds
-IMPORTED_LATER = "torch._dynamo torch.utils.tensorboard torchvision.transforms.v2 timm.data timm.optim timm.utils".split()
+IMPORTED_LATER = (
+    "torch._dynamo torch.utils.tensorboard torchvision.transforms.v2 timm.data timm.optim timm.utils".split()
+)
 
 
 class Fork:

@@ -195,7 +195,7 @@ def test_images_are_seen_as_in_evaluation(collapse, checkpoints, tmp_path):
 
 def test_the_input_size_is_that_of_the_training(collapse, checkpoints, image_folder):
     flags = ("--images", image_folder, "--num_images", 1)
-    assert "1 images of 64 x 64 pixels" in collapse("--checkpoint", checkpoints[1], *flags).out
+    assert "1 image of 64 x 64 pixels" in collapse("--checkpoint", checkpoints[1], *flags).out
     assert "1 images of 224 x 224 pixels" in collapse("--checkpoint", checkpoints[2], *flags).out
 
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_is_given_twice_is_measured_once(collapse, checkpoints
     path = checkpoints[0]
     again = path.parent / "." / ".." / path.parent.name / path.name
     result = collapse("--checkpoint", path, again, "--images", image_folder, "--num_images", 1)
-    assert result.out.count("images of") == 1 and len(rows(result.out)["mean"]) == 3
+    assert result.out.count("1 image of") == 1 and len(rows(result.out)["mean"]) == 3
 
 
 def test_digits_need_no_images_and_networks_of_other_depths_have_their_own_table(collapse, tmp_path):
