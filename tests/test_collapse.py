@@ -196,7 +196,7 @@ def test_images_are_seen_as_in_evaluation(collapse, checkpoints, tmp_path):
 def test_the_input_size_is_that_of_the_training(collapse, checkpoints, image_folder):
     flags = ("--images", image_folder, "--num_images", 1)
     assert "1 image of 64 x 64 pixels" in collapse("--checkpoint", checkpoints[1], *flags).out
-    assert "1 images of 224 x 224 pixels" in collapse("--checkpoint", checkpoints[2], *flags).out
+    assert "1 image of 224 x 224 pixels" in collapse("--checkpoint", checkpoints[2], *flags).out
 
 
 def test_a_checkpoint_that_is_given_twice_is_measured_once(collapse, checkpoints, image_folder):
