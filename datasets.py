@@ -1,7 +1,7 @@
-"""From flags to batches: which samples, in which order, how they are augmented.
+"""From flags to samples and batches: which images, how they are cropped and augmented.
 
-Every random draw of a sample is a function of (seed, epoch, index, repeat), and the order of an epoch one of (seed,
-epoch), whatever the number of workers and ranks; a run resumes at any step without a saved generator state.
+Every random draw of a sample is a function of (seed, epoch, index, repeat), whatever the number of workers and ranks; a
+run resumes at any step without a saved generator state.
 """
 
 import functools
@@ -9,8 +9,6 @@ import itertools
 import math
 import os
 import random
-import signal
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -25,24 +23,8 @@ from checkpoints import write_csv, write_whole
 from flags import Switch, at_least, fraction
 from image_sets import build_images, check_color_mode, first_of_each_class, split_validation
 from images import RandomCrop, check_resized, decode, statistics_of, to_tensor, try_open
-from samplers import BLOCK, WINDOW, BalancedSampler, EpochSampler
 from tables import split_columns
-from utils import TrainingError, UserError
-
-
-def add_loader_args(parser, orders=()):
-    """The flags of loaders. orders: those of --shuffle, of a training."""
-    add = parser.add_argument_group("loader").add_argument
-    add("--num_workers", default=10, type=at_least(0), help="loader processes, at most one per core; 0: none")
-    add("--pin_mem", action=Switch, default=True, help="page-locked batches, which copy to a GPU faster")
-    blocks = f"blocks: shuffle {WINDOW} blocks of {BLOCK} neighboring samples at a time, for archives on slow disks"
-    balanced = "; balanced: every class equally often, images of small classes several times"
-    if orders:
-        order = f"order of an epoch; {blocks}{balanced if 'balanced' in orders else ''}"
-        add("--shuffle", default="full", choices=orders, help=order)
-    stalled = "seconds to wait for a batch before the run stops and names the files being read; 0: no limit"
-    add("--data_timeout", default=900, type=at_least(0), help=stalled)
-    add("--max_bad_images", default=100, type=at_least(0), help="stop after more unreadable images than this")
+from utils import UserError
 
 
 def add_unlabelled_args(parser):
@@ -480,111 +462,3 @@ class LabelledBatch(NamedTuple):  # of fine-tuning and evaluation
         targets = targets if targets.ndim == 2 else targets.long()
         plan = augmentations.sort_notes(*notes) if notes else ()
         return LabelledBatch(imgs, targets, torch.tensor(indices), unreadable, *plan)
-
-
-def build_train_loader(dataset, args, device, repeats=1):
-    """The loader of a training set's batches, and its `EpochSampler`. Raises UserError if there is no whole step."""
-    count, world_size = len(dataset.images), utils.get_world_size()
-    share = args.batch_size, args.update_freq, args.seed, utils.get_rank(), world_size
-    if args.shuffle == "balanced":
-        sampler = BalancedSampler(dataset.targets, *share)
-    else:
-        sampler = EpochSampler(count, *share, repeats, args.shuffle, getattr(dataset.images, "prefetch", None))
-    if sampler.steps_per_epoch == 0:
-        raise UserError(
-            f"{count} images make no whole step of {args.batch_size * args.update_freq * world_size} "
-            f"(--batch_size {args.batch_size} x --update_freq {args.update_freq} x {world_size} ranks)"
-        )
-    return build_loader(dataset, sampler, args, device), sampler
-
-
-def build_eval_loader(dataset, args, device, divided=True):
-    """The loader of this rank's share of an evaluation set, no image twice; divided False: of all of it."""
-    rank, world_size = (utils.get_rank(), utils.get_world_size()) if divided else (0, 1)
-    indices = range(rank, len(dataset), world_size)
-    return build_loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
-
-
-class Collated(torch.utils.data.Dataset):
-    """Whole batches of a data set by their keys; a UserError is returned, as a worker would add its traceback to it."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.collate = (Batch if isinstance(dataset, PretrainDataset) else LabelledBatch).collate
-
-    def __getitems__(self, keys):
-        try:
-            if hasattr(self.dataset, "__getitems__"):
-                return self.collate(self.dataset.__getitems__(keys))
-            return self.collate([self.dataset[key] for key in keys])
-        except UserError as error:
-            return error
-
-
-def build_loader(dataset, batch_sampler, args, device):
-    """The `Loader` of a data set by the flags of `add_loader_args`, of which tools may lack --data_timeout."""
-    workers = min(args.num_workers, len(os.sched_getaffinity(0)))
-    opening = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
-    return Loader(
-        dataset,
-        opening,
-        batch_sampler=batch_sampler,
-        collate_fn=return_it,
-        num_workers=workers,
-        pin_memory=args.pin_mem and torch.device(device).type == "cuda",
-        timeout=getattr(args, "data_timeout", 0) if workers else 0,
-        persistent_workers=workers > 0,
-        worker_init_fn=functools.partial(init_worker, opening),
-        generator=torch.Generator(),  # else each epoch would draw from the global one
-    )
-
-
-class Loader(torch.utils.data.DataLoader):
-    """Batches of a data set. opening: (workers,) int64, shared: the image that each worker has opened last.
-
-    Raises UserError for more than the data set's max_bad_images unreadable ones of an evaluation, and what the data set
-    raises; TrainingError if no batch comes within --data_timeout seconds.
-    """
-
-    waiting_since = None  # of the loader, if any, that the process waits for: `time.monotonic()`
-
-    def __init__(self, dataset, opening, **options):
-        self.images, self.opening = dataset.images, opening
-        self.max_bad_images = dataset.max_bad_images if isinstance(dataset, EvalDataset) else math.inf
-        super().__init__(Collated(dataset), **options)
-
-    def __iter__(self):
-        batches, unreadable = super().__iter__(), []
-        while True:
-            try:
-                Loader.waiting_since = time.monotonic()
-                batch = next(batches, None)
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    raise
-                names = ", ".join(sorted({self.images.name(index) for index in self.opening.tolist() if index >= 0}))
-                problem = f"no batch came within --data_timeout {self.timeout:g} seconds"
-                raise TrainingError(f"{problem}; the loader workers read {names or 'nothing yet'}") from None
-            finally:
-                Loader.waiting_since = None
-            if batch is None:
-                return
-            if isinstance(batch, UserError):
-                raise UserError(str(batch))  # itself it would hold this frame, which holds it, and with it the workers
-            unreadable += batch.unreadable
-            if len(unreadable) > self.max_bad_images:
-                problem = f"{len(unreadable)} images could not be read, --max_bad_images is {self.max_bad_images}"
-                raise UserError(f"{problem}; the first: {unreadable[0]}")
-            yield batch
-
-
-def return_it(batch):
-    return batch
-
-
-def init_worker(noted, worker):
-    """In a worker: note what it opens; ignore stop signals, as the main process needs it until it has saved."""
-    global opening
-    opening = noted, worker
-    for signum in utils.STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)

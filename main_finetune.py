@@ -20,6 +20,7 @@ import checkpoints
 import datasets
 import engine_finetune
 import hooks
+import loaders
 import optim_factory
 import tasks
 from engine_finetune import evaluate, train_one_epoch
@@ -29,7 +30,6 @@ from models import convnextv2
 from models.weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
 from resume import resume_run, saving_hooks
 from run import Run, add_watch_args, check_watch_args, log_configuration, train
-from samplers import ORDERS
 from utils import UserError, log
 
 
@@ -54,7 +54,7 @@ def get_args_parser():
     optim_factory.add_optimizer_args(parser)
     datasets.add_labelled_args(parser)
     engine_finetune.add_batch_args(parser)
-    datasets.add_loader_args(parser, tuple(ORDERS))
+    loaders.add_loader_args(parser, tuple(loaders.ORDERS))
     flags.add_machine_args(parser)
     checkpoints.add_output_args(parser)
     hooks.add_log_args(parser)
@@ -268,7 +268,7 @@ def evaluate_only(args, device):
     # evaluation
     observers = build_hooks(args)
     observers("on_start", run)
-    loader = datasets.build_eval_loader(dataset, args, device, args.dist_eval)
+    loader = loaders.build_eval_loader(dataset, args, device, args.dist_eval)
     run.add_evaluations({"_ema" if args.model_ema_eval else "": evaluate(model, loader, task, args)})
     observers("on_evaluate", run)
     observers("on_epoch_end", run)
@@ -290,7 +290,7 @@ def main(args):
     # data
     dataset, eval_dataset, task = datasets.build_labelled_sets(args)
     check_task_args(args, [task])
-    loader, sampler = datasets.build_train_loader(dataset, args, device)
+    loader, sampler = loaders.build_train_loader(dataset, args, device)
     erasing_fn = engine_finetune.build_erasing(args, device)
     mixup_fn = engine_finetune.build_mixup(args, len(task.names))
 
@@ -319,7 +319,7 @@ def main(args):
     )
     evaluate_epoch = None
     if eval_dataset is not None:
-        eval_loader = datasets.build_eval_loader(eval_dataset, args, device, args.dist_eval)
+        eval_loader = loaders.build_eval_loader(eval_dataset, args, device, args.dist_eval)
         evaluate_epoch = partial(evaluate_models, run, eval_loader, args)
     train(run, build_hooks(args), train_epoch, evaluate_epoch)
 

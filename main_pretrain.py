@@ -18,6 +18,7 @@ import checkpoints
 import datasets
 import evaluation
 import hooks
+import loaders
 import optim_factory
 from engine_pretrain import train_one_epoch
 from flags import Switch, at_least
@@ -42,7 +43,7 @@ def get_args_parser():
     add("--sparse_backend", default="packed", choices=backends, help="plain PyTorch, or MinkowskiEngine")
 
     datasets.add_unlabelled_args(parser)
-    datasets.add_loader_args(parser, ("full", "blocks"))
+    loaders.add_loader_args(parser, ("full", "blocks"))
 
     add = parser.add_argument_group("pictures and probes").add_argument
     add("--picture_freq", default=10, type=at_least(0), help="epochs between pictures of reconstructions; 0: none")
@@ -119,8 +120,8 @@ def build_hooks(args, dataset, device):
         sets = datasets.build_probe_sets(
             args, args.probe_data_path or "DIGITS", args.probe_images_per_class, flag="--probe_data_path"
         )
-        loaders = [datasets.build_eval_loader(labelled, args, device) for labelled in sets]
-        observers.append(hooks.Probe(loaders, args.probe_freq))
+        probe_loaders = [loaders.build_eval_loader(labelled, args, device) for labelled in sets]
+        observers.append(hooks.Probe(probe_loaders, args.probe_freq))
     return hooks.Hooks(observers + saving_hooks(args))
 
 
@@ -132,7 +133,7 @@ def main(args):
 
     # data
     dataset = datasets.build_pretrain_dataset(args)
-    loader, sampler = datasets.build_train_loader(dataset, args, device, args.repeated_sampling)
+    loader, sampler = loaders.build_train_loader(dataset, args, device, args.repeated_sampling)
 
     # model and optimizer
     torch.manual_seed(args.seed)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import checkpoints
 import utils
-from datasets import Loader
+from loaders import Loader
 from models.weights import check_same_blocks, find_weights, load_weights, remap_checkpoint_keys
 from run import Hook
 from utils import TrainingError, UserError, log

@@ -26,7 +26,7 @@ from PIL import Image
 import index
 import sources
 from image_sets import ImageFolder
-from samplers import EpochSampler
+from loaders import EpochSampler
 
 CLASSES = 1000
 

@@ -20,13 +20,13 @@ import augmentations
 import datasets
 import engine_finetune
 import engine_pretrain
-import samplers
+import loaders
 import utils
 from datasets import Batch, LabelledBatch, PretrainDataset, TrainDataset
 from flags import FlagParser, add_model_args
 from image_sets import Digits, ImageFolder
 from images import normalize, to_tensor
-from samplers import EpochSampler
+from loaders import EpochSampler
 from tasks import Classification
 from utils import UserError
 
@@ -39,7 +39,7 @@ def flags(text="", add=datasets.add_labelled_args, **values):
     parser = FlagParser()
     add_model_args(parser, ["convnextv2_atto"])
     parser.add_argument("--batch_size", default=4, type=int)
-    datasets.add_loader_args(parser, ("full", "blocks", "balanced"))
+    loaders.add_loader_args(parser, ("full", "blocks", "balanced"))
     engine_finetune.add_batch_args(parser)
     add(parser)
     return argparse.Namespace(**vars(parser.parse_args(text.split())) | dict(update_freq=1, seed=0, loss="ce") | values)
@@ -49,7 +49,7 @@ def build_pretrain_loader(images, **values):
     """A loader of crops of 16 x 16 with 4 patches, and its sampler."""
     args = flags("--num_workers 0", datasets.add_unlabelled_args, **values)
     dataset = PretrainDataset(images, (16, 16), 4, args.seed)
-    return *datasets.build_train_loader(dataset, args, "cpu", args.repeated_sampling), dataset
+    return *loaders.build_train_loader(dataset, args, "cpu", args.repeated_sampling), dataset
 
 
 # ---------------------------------------------------------------- samples of pre-training
@@ -147,7 +147,7 @@ def test_workers_do_not_change_batches(image_folder, workers):
 
 def test_workers_ignore_the_signals_of_a_scheduler():
     handlers = {signum: signal.getsignal(signum) for signum in utils.STOP_SIGNALS}
-    datasets.init_worker(None, 0)
+    loaders.init_worker(None, 0)
     assert all(signal.getsignal(signum) == signal.SIG_IGN for signum in handlers)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
@@ -168,11 +168,11 @@ def keys_of(epoch, step=0, count=22, batch_size=4, update_freq=1, rank=0, world_
 
 
 def test_without_repeats_the_order_is_one_permutation_an_epoch():
-    order = samplers.permute(np.arange(22), 22, 3, 5)[:20]
+    order = loaders.permute(np.arange(22), 22, 3, 5)[:20]
     assert [key for batch in keys_of(5) for key in batch] == [(5, index, 0) for index in order]
 
 
-@pytest.mark.parametrize("permute", [samplers.permute, samplers.permute_blocks])
+@pytest.mark.parametrize("permute", [loaders.permute, loaders.permute_blocks])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 22, 64, 65, 1000, 20000])
 def test_a_permutation_takes_every_number_once_and_is_known_at_any_place(permute, count):
     whole = permute(np.arange(count), count, 3, 5)
@@ -185,7 +185,7 @@ def test_a_permutation_takes_every_number_once_and_is_known_at_any_place(permute
 def test_permutations_are_as_even_as_random_ones():
     """Chi-square, by degrees of freedom: which number comes where, and which after which; all 24 orders of four."""
     epochs, count = 3000, 12
-    orders = np.array([samplers.permute(np.arange(count), count, 0, epoch) for epoch in range(epochs)])
+    orders = np.array([loaders.permute(np.arange(count), count, 0, epoch) for epoch in range(epochs)])
     where = np.zeros((count, count))
     np.add.at(where, (np.arange(count), orders), 1)
     after = np.zeros((count, count))
@@ -194,13 +194,13 @@ def test_permutations_are_as_even_as_random_ones():
     for found, degrees in ((where, (count - 1) ** 2), (after, len(after) - 1)):
         chi_square = ((found - found.mean()) ** 2 / found.mean()).sum()
         assert abs(chi_square / degrees - 1) < 5 * (2 / degrees) ** 0.5
-    four = [tuple(samplers.permute(np.arange(4), 4, 0, epoch)) for epoch in range(2400)]
+    four = [tuple(loaders.permute(np.arange(4), 4, 0, epoch)) for epoch in range(2400)]
     assert len(set(four)) == 24 and min(map(four.count, set(four))) > 50
 
 
 def test_blocks_are_neighbors_and_are_prefetched_in_one_piece_before_they_are_needed():
     """A reader that counts seeks: two orders of 40,000 images of one archive, read as a disk would."""
-    count, batch_size, size = 40_000, 50, samplers.BLOCK * samplers.WINDOW
+    count, batch_size, size = 40_000, 50, loaders.BLOCK * loaders.WINDOW
 
     def seeks(shuffle):
         reads, cached = [], np.zeros(count, dtype=bool)
@@ -221,9 +221,9 @@ def test_blocks_are_neighbors_and_are_prefetched_in_one_piece_before_they_are_ne
         return sum(start != stop for (start, _), (_, stop) in zip(reads[1:], reads, strict=False)), indices
 
     (random_seeks, _), (block_seeks, indices) = seeks("full"), seeks("blocks")
-    assert random_seeks > 0.99 * (count - 350) and block_seeks < 1.2 * count / samplers.BLOCK
+    assert random_seeks > 0.99 * (count - 350) and block_seeks < 1.2 * count / loaders.BLOCK
     first = np.array(indices[: size - 350])
-    assert len(np.unique(first // samplers.BLOCK)) <= 2 * samplers.WINDOW  # blocks start anywhere
+    assert len(np.unique(first // loaders.BLOCK)) <= 2 * loaders.WINDOW  # blocks start anywhere
     assert np.abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05
 
 
@@ -572,7 +572,7 @@ def test_batches_of_workers_are_those_of_the_main_process(labelled_folder):
     dataset = datasets.build_dataset(True, args)
     batches = []
     for args.num_workers in (0, 2):
-        loader, _ = datasets.build_train_loader(dataset, args, "cpu")
+        loader, _ = loaders.build_train_loader(dataset, args, "cpu")
         batches.append(next(iter(loader)))
     (*a, _, rounds, numbers), (*b, _, other_rounds, other_numbers) = batches
     assert all(torch.equal(*pair) for pair in zip([*a, numbers], [*b, other_numbers], strict=True))
@@ -589,7 +589,7 @@ def test_a_replaced_image_brings_its_own_class(tmp_path):
     _, target, index, unreadable, _ = datasets.build_dataset(True, args)[0, 0, 0]
     assert (target, index) == (1, 1) and unreadable[0].startswith(str(tmp_path / "a" / "1.png"))
     dataset = datasets.build_dataset(False, args)
-    (batch,) = datasets.build_eval_loader(dataset, args, "cpu")
+    (batch,) = loaders.build_eval_loader(dataset, args, "cpu")
     assert batch.indices.tolist() == [1] and batch.targets.tolist() == [1] and len(batch.imgs) == len(batch.unreadable)
     nothing = LabelledBatch.collate([dataset[0]])
     assert len(nothing.imgs) == len(nothing.targets) == len(nothing.indices) == 0 and len(nothing.unreadable) == 1
@@ -639,7 +639,7 @@ def test_evaluation_covers_every_image_once(labelled_folder, monkeypatch, world_
 
     def indices(rank, divided=True):
         monkeypatch.setattr(utils, "get_rank", lambda: rank)
-        loader = datasets.build_eval_loader(dataset, args, "cpu", divided)
+        loader = loaders.build_eval_loader(dataset, args, "cpu", divided)
         assert len(loader) == len(list(loader))
         return [index for batch in loader for index in batch.indices.tolist()]
 

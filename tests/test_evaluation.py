@@ -19,6 +19,7 @@ import datasets
 import evaluation
 import utils
 from evaluation import collect, draw_confusion, draw_reconstructions, knn_accuracy, linear_accuracy
+from loaders import build_eval_loader
 from models import convnextv2
 from models.fcmae import FCMAE
 
@@ -128,7 +129,7 @@ def test_a_probe_that_takes_too_long_is_left_out_with_a_line(labelled_folder, ca
     """The other ranks wait for it, and would be taken for dead."""
     args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False)
     sets = datasets.build_probe_sets(args, str(labelled_folder))
-    loaders = [datasets.build_eval_loader(dataset, args, CPU) for dataset in sets]
+    loaders = [build_eval_loader(dataset, args, CPU) for dataset in sets]
     accuracies, counts, _ = evaluation.probe(lambda imgs: imgs, loaders, CPU, contextlib.nullcontext, max_seconds=-1)
     assert accuracies == {} and counts == [22, 7] and "probe_linear left out: it takes more" in capsys.readouterr().out
 
@@ -143,7 +144,7 @@ def test_features_are_pooled_from_whole_images_in_the_order_of_the_set(labelled_
     dense, _ = convnextv2.from_checkpoint({"model": fcmae.state_dict()})
     args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False)
     sets = datasets.build_probe_sets(args, str(labelled_folder))
-    loaders = [datasets.build_eval_loader(dataset, args, CPU) for dataset in sets]
+    loaders = [build_eval_loader(dataset, args, CPU) for dataset in sets]
     measured = []
     for trunk in (fcmae.encode_all, dense.eval().forward_trunk):
         accuracies, counts, unreadable = evaluation.probe(trunk, loaders, CPU, contextlib.nullcontext)

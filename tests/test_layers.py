@@ -14,8 +14,8 @@ ORDER = """
     models.mlp models.depthwise models.weights models.cost models.convnextv2
     models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags
     sources tables shards index images image_sets optim_factory run checkpoints
-    augmentations evaluation tasks samplers
-    datasets
+    augmentations evaluation tasks
+    datasets loaders
     engine_pretrain engine_finetune
     hooks resume
     main_pretrain main_finetune submitit_pretrain submitit_finetune

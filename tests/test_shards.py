@@ -31,6 +31,7 @@ import sources
 import tables
 import utils
 from image_sets import ClassFolders, ImageFolder, build_images
+from loaders import build_eval_loader, build_train_loader
 from utils import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision 0.29
@@ -216,7 +217,7 @@ def test_every_format_makes_the_same_batches(all_formats, labelled_folder, name)
         found = []
         args.scale, args.repeated_sampling = (0.2, 1), 1
         for dataset in (datasets.build_dataset(True, args), datasets.build_pretrain_dataset(args)):
-            loader, sampler = datasets.build_train_loader(dataset, args, "cpu")
+            loader, sampler = build_train_loader(dataset, args, "cpu")
             sampler.set_position(1, step)
             found.append([batch[:2] for batch in loader])
         return found
@@ -525,8 +526,8 @@ def test_a_disk_that_is_gone_costs_no_search_of_all_images(folder, monkeypatch):
 
     monkeypatch.setattr("index.Index.read", gone)
     for args.num_workers in (0, 1):
-        train = datasets.build_train_loader(sets[0], args, "cpu")[0]
-        for loader, most in ((train, 4), (datasets.build_eval_loader(sets[1], args, "cpu"), 4)):
+        train = build_train_loader(sets[0], args, "cpu")[0]
+        for loader, most in ((train, 4), (build_eval_loader(sets[1], args, "cpu"), 4)):
             opened.clear()
             with pytest.raises(UserError, match="^4 images .*could not be read, --max_bad_images is 3.*Input/output"):
                 list(loader)
@@ -807,7 +808,7 @@ def test_five_bands_of_16_bits_make_the_same_batches_as_tiff_in_every_format_and
         args = finetune_args(tmp_path / name, *flags)
         args.scale, args.repeated_sampling = (1, 1), 1
         for dataset in (datasets.build_dataset(True, args), datasets.build_pretrain_dataset(args)):
-            loader, _ = datasets.build_train_loader(dataset, args, "cpu")
+            loader, _ = build_train_loader(dataset, args, "cpu")
             batches.setdefault(type(dataset), []).append([batch.imgs for batch in loader])
     for first, *others in batches.values():
         assert first[0].shape == (4, 5, 32, 40) and first[0].float().std() > 50 and len(others) == len(formats)

@@ -22,7 +22,7 @@ import index
 import main_finetune
 import resume
 import utils
-from datasets import Loader
+from loaders import Loader
 from run import Run
 
 ROOT = Path(__file__).resolve().parent.parent

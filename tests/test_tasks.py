@@ -30,8 +30,8 @@ import tasks
 from datasets import build_labelled_sets
 from engine_finetune import build_mixup
 from evaluation import ClassEvaluation, MultiLabelEvaluation, RegressionEvaluation
+from loaders import BalancedSampler
 from run import is_better
-from samplers import BalancedSampler
 from tasks import Classification, Labels, MultiLabel, Regression, find_task, restore_task
 from tools import convert, predict, probe
 

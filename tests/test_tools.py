@@ -25,6 +25,7 @@ import augmentations
 import datasets
 import evaluation
 import main_finetune
+from loaders import build_eval_loader
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from tools import benchmark, common, contestants, loaders, probe
@@ -426,7 +427,7 @@ def test_probe_prints_the_same_on_one_and_on_two_processes(tool, pretrained, lab
     args = argparse.Namespace(in_chans=3, input_size=(32, 32), batch_size=64, num_workers=0, pin_mem=False)
     cpu = torch.device("cpu")
     sets = datasets.build_probe_sets(args, str(labelled_folder))
-    batches = [datasets.build_eval_loader(dataset, args, cpu) for dataset in sets]
+    batches = [build_eval_loader(dataset, args, cpu) for dataset in sets]
     accuracies, *_ = evaluation.probe(model.encode_all, batches, cpu, contextlib.nullcontext)
     knn, linear = accuracies.values()
     line = f"{path}: k-nearest-neighbor {knn:.2f} %  linear {linear:.2f} %  (22 and 7 images)"

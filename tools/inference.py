@@ -12,6 +12,7 @@ import utils
 from evaluation import compute_rows
 from image_sets import find_files
 from images import normalize, open_image, try_open
+from loaders import build_loader
 from sources import in_one_line
 from tools.common import Seen, add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
@@ -81,7 +82,7 @@ class Inference(NamedTuple):
         rows are on the CPU, and None if no image of the batch can be read.
         """
         sampler = torch.utils.data.BatchSampler(indices, self.args.batch_size, False)
-        for batch in datasets.build_loader(dataset, sampler, self.args.replace(pin_mem=True), self.device):
+        for batch in build_loader(dataset, sampler, self.args.replace(pin_mem=True), self.device):
             rows = None
             if len(batch.imgs):
                 rows = compute_rows(

@@ -20,6 +20,7 @@ import augmentations
 import datasets
 import main_finetune
 import main_pretrain
+from loaders import build_train_loader
 from models.files import IMAGENET_STATISTICS
 
 COUNTS = {(500, 375): 100, (2000, 1500): 20}  # width and height of the files: how many of them
@@ -67,7 +68,7 @@ def project_loader(training, folder, input_size, repeats=1):
     command = f"--data_set image_folder --input_size {input_size} --batch_size {count} --num_workers 0 --no-pin_mem"
     args = script.get_args_parser().parse_args([*command.split(), "--data_path", str(folder)])
     dataset = datasets.build_pretrain_dataset(args) if pretraining else datasets.build_dataset(True, args)
-    loader, _ = datasets.build_train_loader(dataset, args, "cpu", repeats)
+    loader, _ = build_train_loader(dataset, args, "cpu", repeats)
     return loader
 
 

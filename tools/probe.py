@@ -11,6 +11,7 @@ import datasets
 import flags
 import utils
 from evaluation import probe
+from loaders import add_loader_args, build_eval_loader
 from tools.common import add_input_size_arg, add_model_key_arg
 from tools.inference import load_inference
 
@@ -24,7 +25,7 @@ def get_args_parser():
     add_input_size_arg(add)
     add_model_key_arg(add)
     add("--batch_size", default=64, type=flags.at_least(1), help="images of a forward pass")
-    datasets.add_loader_args(parser)
+    add_loader_args(parser)
     flags.add_machine_args(parser, training=False)
     return parser
 
@@ -34,7 +35,7 @@ def main(args):
     model, device, seen = inference.model, inference.device, inference.seen
     known = {"in_chans": model.config["in_chans"], "input_size": inference.input_size, "pixel_range": seen.pixel_range}
     sets = datasets.build_probe_sets(args.replace(**known), args.data_path, args.images_per_class)
-    loaders = [datasets.build_eval_loader(dataset, args, device) for dataset in sets]
+    loaders = [build_eval_loader(dataset, args, device) for dataset in sets]
     accuracies, counts, unreadable = probe(
         model.forward_trunk, loaders, device, lambda: utils.autocast(args, device), statistics=seen.statistics
     )

@@ -14,6 +14,7 @@ import torch
 
 import datasets
 import flags
+import loaders
 import tasks
 from image_sets import build_images
 from images import decode_fast, to_tensor
@@ -34,7 +35,7 @@ def get_args_parser():
     add("--loss", default="ce", choices=tasks.find_losses(), help=loss)
     add("--seed", default=0, type=int, help="by which --val_fraction is drawn")
     add("--batch_size", default=16, type=flags.at_least(1), help="images that a worker measures at a time")
-    datasets.add_loader_args(parser)
+    loaders.add_loader_args(parser)
     return parser
 
 
@@ -76,7 +77,7 @@ def main(args):
     datasets.check_image_args(args, "a folder of images")
     torch.set_num_threads(1)  # as a worker has: for counting, more would wait for each other
     dataset = datasets.EvalDataset(build_measured_images(args), partial(measure_image, args=args), args.max_bad_images)
-    mean, std, count = measure(datasets.build_eval_loader(dataset, args, "cpu"), len(dataset))
+    mean, std, count = measure(loaders.build_eval_loader(dataset, args, "cpu"), len(dataset))
     for channel in (std < 1e-6).nonzero().flatten().tolist():
         raise UserError(f"--data_path: channel {channel} is {mean[channel]:.6g} in all pixels: leave it out")
     log(f"{count:,} images:")
