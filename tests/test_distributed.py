@@ -30,7 +30,7 @@ import main_finetune
 import main_pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 6  # an epoch, of 8 images
+STEPS = 4  # an epoch, of 8 images
 FLAGS = f"--epochs 2 --warmup_epochs 1 --save_ckpt_steps {STEPS // 2} --print_freq 1".split()
 MIDDLE, LAST = f"checkpoint-0-{STEPS // 2}.pth", "checkpoint-1.pth"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
