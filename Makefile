@@ -35,9 +35,9 @@ demo: $(VENV)/ready
 	@echo "logs:            $(OUTPUT)/log.txt, $(OUTPUT)_finetuned/log.txt, or $(BIN)/tensorboard --logdir output"
 	@echo "on your images:  $(BIN)/python main_pretrain.py --data_path YOUR_IMAGES --model convnextv2_atto --output_dir output/mine"
 
-# Four processes for two cores: some tests wait for others' processes, such as Slurm's.
+# Three processes for two cores: some tests wait for others' processes, such as Slurm's.
 test: $(VENV)/ready-to-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 4 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder \
 	    -o tmp_path_retention_policy=failed $(T)
 
 lint: $(VENV)/ready-to-test
