@@ -1,4 +1,4 @@
-"""From a data set to a rank's batches: the order of an epoch, loader workers, and what becomes of those that stall.
+"""From a data set to the batches of a rank: the order of an epoch, and the loader with its workers.
 
 The order is a function of (seed, epoch), whatever the number of workers and ranks; it is never stored.
 """

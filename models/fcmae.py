@@ -160,11 +160,11 @@ class FCMAE(nn.Module):
     # ---- Loss
 
     def patch_targets(self, patches):
-        """What to predict of patches (N, L, P): with norm_pix_loss (x - mean) / (variance + 1e-6)^0.5 of each."""
+        """What to predict of patches (N, L, P): with norm_pix_loss each normalized by its own mean and variance."""
         if not self.norm_pix_loss:
             return patches
         values = patches.shape[-1]
-        unbiased = (values - 1) / values  # the variance is that of MAE, with P - 1; a layer norm divides by P
+        unbiased = (values - 1) / values  # MAE's variance divides by P - 1, a layer norm's by P
         return F.layer_norm(patches, (values,), eps=1e-6 * unbiased) * unbiased**0.5
 
     def patch_loss(self, pred, patches):

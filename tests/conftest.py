@@ -23,13 +23,13 @@ import main_pretrain
 from flags import FlagParser, run_script
 from models import convnextv2, fcmae
 
-torch.set_num_threads(1)  # two processes test at a time, see Makefile
+torch.set_num_threads(1)  # several processes test at a time, see Makefile
 SLOWEST = "submitit distributed kernels hooks models kill main_finetune gpu faults main_pretrain tools interop".split()
 SLOWEST = [f"test_{name}" for name in SLOWEST]
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest files first, so that both processes end at about the same time."""
+    """The slowest files first, so that all processes end at about the same time."""
     items.sort(key=lambda item: (SLOWEST + [item.path.stem]).index(item.path.stem))
 
 
