@@ -98,14 +98,18 @@ def _add_products(sums, factors, x, wy: tl.constexpr, wx: tl.constexpr, SUMS: tl
     Both are squares, SUMS and FACTORS wide: one of output sites, one of taps. x is the input at w = (wy, wx) of the
     window around a tile: output site s meets it with tap w - s, and tap s at output site w - s.
     """
-    result = ()
-    for sy in tl.static_range(SUMS):
-        for sx in tl.static_range(SUMS):
-            total = sums[sy * SUMS + sx]
-            if wy >= sy and wy - sy < FACTORS and wx >= sx and wx - sx < FACTORS:
-                total = tl.fma(factors[(wy - sy) * FACTORS + wx - sx], x, total)
-            result += (total,)
-    return result
+    # Only these rows and columns of sums have such a factor; what is before and after them stays
+    top: tl.constexpr = max(0, wy - FACTORS + 1)
+    bottom: tl.constexpr = min(SUMS, wy + 1)
+    left: tl.constexpr = max(0, wx - FACTORS + 1)
+    right: tl.constexpr = min(SUMS, wx + 1)
+    result = sums[: top * SUMS]
+    for sy in tl.static_range(top, bottom):
+        result += sums[sy * SUMS : sy * SUMS + left]
+        for sx in tl.static_range(left, right):
+            result += (tl.fma(factors[(wy - sy) * FACTORS + wx - sx], x, sums[sy * SUMS + sx]),)
+        result += sums[sy * SUMS + right : (sy + 1) * SUMS]
+    return result + sums[bottom * SUMS :]
 
 
 @triton.jit

@@ -45,6 +45,10 @@ def launch(kernel, grid, *tensors, **sizes):
 
 def check_operators(calls):
     """Raise RuntimeError unless operators give the results of their references: calls are (operator, inputs)."""
+    with record_launches() as launches, FakeTensorMode() as mode:
+        for operator, inputs in calls:
+            operator(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs))
+    compile_variants(name_variants(launches))
     for operator, inputs in calls:
         results, expected = tree_leaves(operator(*inputs)), tree_leaves(operator._init_fn(*inputs))
         if not all(torch.allclose(*pair, atol=0.02) for pair in zip(results, expected, strict=True)):
@@ -63,7 +67,7 @@ def record_launches():
 
 
 def find_variants(model, imgs_shape, dtype=None):
-    """What a training step of the model compiles: {(kernel, dtypes of its tensors, constants): (kernel, ..., ...)}.
+    """What a training step of the model compiles, as `name_variants` has it.
 
     imgs_shape: (N, in_chans, H, W), of which N does not matter. dtype: of autocast, or None. The step is made on fake
     tensors: nothing is computed.
@@ -73,6 +77,11 @@ def find_variants(model, imgs_shape, dtype=None):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             output = tree_leaves(model(torch.empty(imgs_shape, device=device)))[0]
         torch.autograd.grad(output.float().sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    return name_variants(launches)
+
+
+def name_variants(launches):
+    """{(name of kernel, dtypes of its tensors, constants): (kernel, dtypes, sizes)} of recorded launches."""
     variants = {}
     for kernel, tensors, sizes in launches:
         dtypes = tuple(x if x is None else x.dtype for x in tensors)
@@ -84,11 +93,9 @@ def find_variants(model, imgs_shape, dtype=None):
 
 
 def compile_variants(variants, threads=None):
-    """Compile kernels, see `find_variants`, side by side; Triton keeps them on disk. Raises what Triton raises."""
-    mode = getattr(triton, "AsyncCompileMode", None)
-    with contextlib.ExitStack() as stack:
-        if mode:  # Triton 3.5 and later
-            pool = stack.enter_context(ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))))
-            stack.enter_context(mode(pool))
+    """Compile kernels, see `name_variants`, side by side; Triton keeps them on disk. Raises what Triton raises."""
+    if triton.knobs.runtime.interpret:
+        return  # the interpreter compiles nothing
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool):
         for kernel, dtypes, sizes in variants.values():
             kernel.warmup(*dtypes, grid=(1,), **sizes)

@@ -60,10 +60,12 @@ def triton_works(device):
     try:
         from . import kernels, launch, mlp_kernels
 
-        dtypes = [torch.float32, torch.bfloat16] if torch.device(device).type == "cuda" else [torch.float32]
-        with unset_fake_temporarily():  # in case the first use is under torch.compile or a FakeTensorMode
-            for dtype in dtypes:
-                launch.check_operators(kernels.calls(device, dtype) + mlp_kernels.calls(device, dtype))
+        device = torch.device(device)
+        dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
+        # In case the first use is under torch.compile, a FakeTensorMode or autocast
+        with unset_fake_temporarily(), torch.autocast(device.type, enabled=False):
+            modules = kernels, mlp_kernels
+            launch.check_operators([call for dtype in dtypes for m in modules for call in m.calls(device, dtype)])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

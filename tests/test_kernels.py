@@ -30,7 +30,7 @@ from models.sites import active_sites, patch_slots
 from models.triton_switch import triton_works, use_triton
 
 triton = pytest.importorskip("triton")
-from models import kernels, mlp_kernels  # noqa: E402, imports Triton
+from models import kernels, launch, mlp_kernels  # noqa: E402, imports Triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -344,10 +344,15 @@ def test_kernel_equals_the_reference_beside_it(packed):
 class Failing:
     """A kernel that raises."""
 
+    __name__ = "failing"
+
     def __init__(self, error):
         self.error = error
 
     def __getitem__(self, grid):
+        raise self.error
+
+    def warmup(self, *dtypes, **sizes):
         raise self.error
 
 
@@ -370,6 +375,22 @@ def test_kernels_run_by_default_where_they_work(nothing_tried, monkeypatch):
     assert triton_works(DEVICE) is None
     dense(*random_inputs(2, 8, 4, 4))
     assert calls
+
+
+@needs_kernels
+def test_kernels_are_tried_in_their_own_dtypes_where_the_first_use_is_under_autocast(nothing_tried):
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert triton_works(DEVICE) is None
+
+
+@needs_kernels
+def test_all_kernels_to_be_tried_are_compiled_at_once(nothing_tried, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(launch, "compile_variants", lambda variants: compiled.extend(name for name, *_ in variants))
+    assert triton_works(DEVICE) is None
+    dtypes = 2 if DEVICE == "cuda" else 1
+    of_mlp = ["_gelu_norm_kernel", "_scaled_gelu_kernel", "_gelu_dot_kernel", "_gelu_grad_kernel"]
+    assert compiled == dtypes * ["_conv_kernel", "_conv_kernel", "_weight_grad_kernel", *of_mlp]
 
 
 @needs_kernels
@@ -397,8 +418,13 @@ def test_a_full_memory_is_no_reason_to_give_kernels_up(nothing_tried, monkeypatc
 @needs_kernels
 def test_wrong_results_are_a_reason_to_give_kernels_up(nothing_tried, monkeypatch):
     class Nothing:
+        __name__ = "nothing"
+
         def __getitem__(self, grid):
             return lambda *inputs, **sizes: inputs[5].zero_()
+
+        def warmup(self, *dtypes, **sizes):
+            pass
 
     monkeypatch.setattr(kernels, "_conv_kernel", Nothing())
     assert "wrong results" in triton_works(DEVICE)

@@ -110,7 +110,7 @@ def time_rounds(rows, steps, batch_size, args):
     """Time a step of each contestant, round by round, and add the figures to its row. One that fails is dropped."""
     for i in range(WARM_UP + args.rounds):
         for name in list(steps):
-            contestants.choose_kernels(name)
+            contestants.choose_kernels(name, args.device)
             ms = attempt(rows[name], time_ms, steps[name], args.device)
             if ms is None:
                 del steps[name]  # and with it its memory

@@ -20,7 +20,7 @@ import torch
 
 from models import convnextv2, fcmae
 from models.convnextv2_sparse import split_patches
-from models.triton_switch import use_triton
+from models.triton_switch import triton_works, use_triton
 from tools.dense_masked import DenseMasked
 from utils import name_in_errors, to_device
 
@@ -102,9 +102,9 @@ def build_fcmae(name, contestant, input_size):
     return model
 
 
-def choose_kernels(contestant):
-    """Triton's wherever the scripts run them, but for a contestant that goes without."""
-    use_triton(False if "without triton" in contestant else None)
+def choose_kernels(contestant, device):
+    """Triton's where they work, as in the scripts, but for a contestant that goes without."""
+    use_triton(device == "cuda" and "without triton" not in contestant and triton_works(device) is None)
 
 
 def make_step(name, contestant, batch_size, args):
@@ -112,7 +112,7 @@ def make_step(name, contestant, batch_size, args):
     finetune = args.part == "finetune"
     model = build_classifier(name, contestant) if finetune else build_fcmae(name, contestant, args.input_size)
     model = to_device(model, args.device)  # as the scripts do
-    choose_kernels(contestant)
+    choose_kernels(contestant, args.device)
     imgs = torch.randn(batch_size, 3, args.input_size, args.input_size, device=args.device)
     imgs = imgs.contiguous(memory_format=torch.channels_last) if "channels last" in contestant else imgs
     forward = make_forward(model, imgs, "compiled" in contestant, args)
