@@ -161,9 +161,11 @@ def dies(args):
 
 def test_a_report_is_whole_whatever_a_check_does(tmp_path, narrow, capsys, monkeypatch):
     """And every check runs, but for one that trains for minutes, as other tests do, and one that needs a whole atto."""
-    checks = {raises: 9, hangs: 0.3, dies: 9} | gpu_report.CHECKS
-    del checks[gpu_checks.resume], checks[gpu_checks.finetuning]
-    monkeypatch.setattr(gpu_report, "CHECKS", checks)
+    left_out = gpu_checks.resume, gpu_checks.finetuning
+    groups = [{check: limit for check, limit in group.items() if check not in left_out} for group in gpu_report.CHECKS]
+    groups = [{raises: 9, hangs: 0.3, dies: 9}, *groups]
+    monkeypatch.setattr(gpu_report, "CHECKS", groups)
+    checks = [check for group in groups for check in group]
     written = []
     monkeypatch.setattr(gpu_report, "write_report", lambda *a, write=gpu_report.write_report: written.append(write(*a)))
     args = gpu_report.get_args_parser().parse_args(["--output", str(tmp_path), "--dry"])
@@ -174,14 +176,15 @@ def test_a_report_is_whole_whatever_a_check_does(tmp_path, narrow, capsys, monke
     failures = dict(raises="failed", hangs="timeout", dies="killed")
     assert status == failures | {check.__name__: "ok" for check in checks if check.__name__ not in failures}, report
     assert report["checks"]["raises"]["error"] == "ZeroDivisionError: by zero"
-    assert report["checks"]["base_eager"]["result"]["images_per_s"] > 0
+    result = report["checks"]["base_eager"]["result"]
+    assert result["images_per_s"] > 0 and result["profile"]["gemm"] > 0 and len(result["longest"]) == 15
     assert "equals dense masked: float32 True, bfloat16 True" in report["verdicts"]
     assert "| dies | killed |" in (tmp_path / "report.md").read_text()
     assert "ZeroDivisionError" in (tmp_path / "raises.log").read_text()
 
 
 def test_a_report_leaves_out_what_its_budget_does_not_allow(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_report, "CHECKS", {gpu_checks.machine: 9})
+    monkeypatch.setattr(gpu_report, "CHECKS", [{gpu_checks.machine: 9}])
     gpu_report.main(gpu_report.get_args_parser().parse_args(["--output", str(tmp_path), "--dry", "--budget", "1"]))
     assert json.loads((tmp_path / "report.json").read_text())["checks"]["machine"]["status"] == "left out"
 
@@ -192,7 +195,8 @@ def test_verdicts_compare_what_was_measured_with_bounds():
         ceilings=dict(copy_gb_per_s=2000, bfloat16_tflops=361.0),
         base_compiled=dict(images_per_s=3000.0),
         base_dense_masked=dict(images_per_s=1500.0),
-        profile=dict(gemm=110.0, depthwise=61.0, mlp=60.0, other=80.0),
+        base_eager=dict(images_per_s=2000.0, profile=dict(gemm=110.0, depthwise=61.0, mlp=60.0, other=80.0)),
+        kernels=dict(works="RuntimeError: no"),
         resume=dict(float16=dict(same_bits=False)),
     )
     checks = {name: dict(status="ok", result=result) for name, result in results.items()}
@@ -201,6 +205,7 @@ def test_verdicts_compare_what_was_measured_with_bounds():
         "ddp: failed, RuntimeError: no",
         "4,000 img/s: no, 3,000",
         "gap to bound 1.78 (5,348 img/s)",
+        "TRITON KERNELS ARE OFF: RuntimeError: no",
         "largest excess, eager: depthwise 61 us an image for 14",
         "2.00 times the speed of dense masked",
         "killed and resumed in float16: OTHER BITS",

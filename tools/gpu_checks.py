@@ -4,12 +4,14 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +20,12 @@ from torch.utils._pytree import tree_leaves
 from models import fcmae, triton_switch
 from tools import benchmark, contestants
 from utils import to_device
+
+CLASSES = dict(  # of kernels, by their names: of Triton, cuBLAS and cuDNN
+    gemm="gemm|gemv|nvjet|cutlass|xmma|splitK|aten::.*mm",
+    depthwise="_conv_kernel|_weight_grad_kernel|(conv|dgrad|wgrad)2d|conv_depthwise",
+    mlp="gelu",
+)
 
 
 def settings(args, **changes):
@@ -49,7 +57,10 @@ def halve_until_it_fits(measure, batch_size):
 
 
 def time_step(given, contestant):
-    """Images a second of a contestant, not compiled on a CPU: median of the steps after 5, and peak memory."""
+    """Images a second of a contestant, not compiled on a CPU: median of the steps after 5, peak memory, and a profile.
+
+    triton: whether the kernels are on, which a contestant alone does not say: they may not work here.
+    """
     on_gpu = given.device == "cuda"
 
     def measure(batch_size):
@@ -62,13 +73,32 @@ def time_step(given, contestant):
         times = times_ms(step, given.device, given.steps, warm_up=0)
         peak = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
         median = statistics.median(times)
-        spread = dict(fastest_ms=min(times), slowest_ms=max(times))
-        return dict(images_per_s=round(1e3 * batch_size / median, 1), median_ms=median, **spread, peak_mib=peak)
+        report = dict(images_per_s=round(1e3 * batch_size / median, 1), median_ms=median, peak_mib=peak)
+        report |= dict(fastest_ms=min(times), slowest_ms=max(times))
+        report["triton"] = triton_switch.runs_in_triton(torch.empty(0, device=given.device))
+        return report | profile(step, batch_size, given.device)
 
     return halve_until_it_fits(measure, given.batch_size)
 
 
-# ---- The checks, most valuable first
+def profile(step, batch_size, device):
+    """Microseconds an image of three steps: of each class of kernel, and of the longest ones with launches a step."""
+    on_gpu = device == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(3):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    classes, rows = dict.fromkeys([*CLASSES, "other"], 0.0), []
+    for event in profiler.key_averages():
+        us = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 3 / batch_size
+        classes[next((name for name, words in CLASSES.items() if re.search(words, event.key)), "other")] += us
+        rows.append((round(us, 2), round(event.count / 3), event.key[:120]))
+    return dict(profile={name: round(us, 2) for name, us in classes.items()}, longest=sorted(rows, reverse=True)[:15])
+
+
+# ---- The checks
 
 
 def machine(args):
@@ -181,26 +211,6 @@ def base_dense_masked(args):
     return time_step(settings(args), "dense masked")
 
 
-def profile(args):
-    """Microseconds an image of three eager steps by class of kernel."""
-    given = settings(args)
-    step = contestants.make_step(given.model, "packed", given.batch_size, given)
-    for _ in range(3):
-        step()
-    activity = torch.profiler.ProfilerActivity.CPU if args.dry else torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        for _ in range(3):
-            step()
-        if not args.dry:
-            torch.cuda.synchronize()
-    classes = dict(gemm="gemm|cutlass|xmma|nvjet|mm", depthwise="_conv_kernel|_weight_grad_kernel", mlp="gelu")
-    report = dict.fromkeys([*classes, "other"], 0.0)
-    for event in profiler.key_averages():
-        kind = next((k for k, words in classes.items() if any(w in event.key for w in words.split("|"))), "other")
-        report[kind] += event.self_cpu_time_total if args.dry else event.self_device_time_total
-    return {kind: round(total / 3 / given.batch_size, 2) for kind, total in report.items()}
-
-
 def depthwise(args):
     """Microseconds an image of the depthwise convolution alone, forward and backward, by stage of base."""
     from models.depthwise import sparse_depthwise_conv
@@ -247,27 +257,32 @@ def synchronizations(args):
 
 def resume(args):
     """Digits in bfloat16 and float16: finite, and the same bits after a SIGKILL at the first checkpoint?"""
+    dtypes = ("bfloat16",) if args.dry else ("bfloat16", "float16")
+    with ThreadPoolExecutor() as pool:
+        return dict(
+            zip(dtypes, pool.map(functools.partial(train_and_kill, settings(args).device), dtypes), strict=True)
+        )
+
+
+def train_and_kill(device, dtype):
+    """Two trainings of two epochs, one of them killed and resumed: are the weights finite, and the same bits?"""
     flags = "--data_set DIGITS --model convnextv2_atto --input_size 32 --stem_stride 1 --epochs 2 --warmup_epochs 1"
-    flags += f" --decoder_embed_dim 64 --batch_size 128 --num_workers 0 --device {settings(args).device}"
-    report = {}
-    for dtype in ("bfloat16",) if args.dry else ("bfloat16", "float16"):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "main_pretrain.py", *flags.split(), "--use_amp", "--amp_dtype", dtype]
-            weights = []
-            for name in ("whole", "killed"):
-                output = Path(folder) / name
-                run = [*command, "--output_dir", str(output)]
-                if name == "killed":
-                    process = subprocess.Popen(run)
-                    while process.poll() is None and not (output / "checkpoint-0.pth").exists():
-                        time.sleep(0.01)
-                    process.kill()
-                    process.wait()
-                subprocess.run(run, check=True)
-                weights.append(torch.load(output / "checkpoint-1.pth", weights_only=True)["model"])
-            same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-            report[dtype] = dict(finite=all(w.isfinite().all().item() for w in weights[0].values()), same_bits=same)
-    return report
+    flags += f" --decoder_embed_dim 64 --batch_size 128 --num_workers 0 --device {device} --use_amp --amp_dtype {dtype}"
+    weights = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("whole", "killed"):
+            output = Path(folder) / name
+            run = [sys.executable, "main_pretrain.py", *flags.split(), "--output_dir", str(output)]
+            if name == "killed":
+                process = subprocess.Popen(run)
+                while process.poll() is None and not (output / "checkpoint-0.pth").exists():
+                    time.sleep(0.01)
+                process.kill()
+                process.wait()
+            subprocess.run(run, check=True)
+            weights.append(torch.load(output / "checkpoint-1.pth", weights_only=True)["model"])
+    same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    return dict(finite=all(w.isfinite().all().item() for w in weights[0].values()), same_bits=same)
 
 
 def finetuning(args):
@@ -295,8 +310,6 @@ def ddp(args):
 
 def loader(args):
     """Images a second from JPEGs of 500 x 375 on all cores, pre-training and fine-tuning."""
-    from concurrent.futures import ProcessPoolExecutor
-
     cores = 1 if args.dry else len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores) as pool:
         rates = list(pool.map(load_on_one_core, range(cores), [args.dry] * cores))
@@ -325,8 +338,10 @@ def minkowski(args):
     return {name: time_step(given, name) for name in ("packed", "minkowski")}
 
 
-CHECKS = {  # seconds at most
-    machine: 30, ceilings: 40, kernels: 150, kernels_are_right: 60, equals_dense_masked: 60, base_compiled: 200,
-    base_eager: 60, base_without_triton: 60, base_dense_masked: 90, profile: 60, depthwise: 60, synchronizations: 60,
-    resume: 180, finetuning: 240, ddp: 120, batch_sweep: 200, loader: 120, minkowski: 60,
-}  # fmt: skip
+# Most valuable first. Checks of one line run side by side, and are not timed; each has so many seconds at most.
+CHECKS = [
+    {machine: 30}, {ceilings: 40}, {kernels: 150},
+    {kernels_are_right: 180, equals_dense_masked: 180, synchronizations: 180, resume: 240, ddp: 180},
+    {base_compiled: 200}, {base_eager: 60}, {base_dense_masked: 90}, {base_without_triton: 60}, {finetuning: 240},
+    {depthwise: 60}, {loader: 120}, {batch_sweep: 300}, {minkowski: 60},
+]  # fmt: skip

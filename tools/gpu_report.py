@@ -3,15 +3,15 @@
     python -m tools.gpu_report --output report           # most valuable first, until --budget seconds are spent
     python -m tools.gpu_report --output report --dry     # the same in small on a CPU, whose times mean nothing
 
-Each check is a process of its own with a time limit: one that raises, hangs or dies is reported as such, and the others
-go on. FOLDER/report.json is rewritten, whole, after each; FOLDER/report.md is its table; NAME.log holds what a check
-printed.
+Each check is a process of its own with a time limit: one that raises, hangs or dies is reported as such, and the
+others go on. Those that are not timed run side by side. FOLDER/report.json is rewritten, whole, after each;
+FOLDER/report.md is its table; NAME.log holds what a check printed.
 """
 
 import contextlib
 import importlib
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -52,27 +52,47 @@ def run_here(check, args, path):
     path.write_text(json.dumps(outcome))
 
 
-def run_check(check, args, limit):
-    """The outcome of a check in a process of its own: status ok, failed, killed or timeout, its result, seconds."""
-    path, start = Path(args.output) / f"{check.__name__}.part", time.perf_counter()
+def run_checks(checks, args, limit):
+    """Run checks, {check: seconds at most}, side by side; yield (name, outcome) of each as it ends.
+
+    An outcome has a status (ok, failed, killed or timeout), a result or an error, and seconds.
+    """
+    start, running = time.perf_counter(), {}
     # Where there is no CUDA yet to be disturbed a fork saves importing all again
-    process = multiprocessing.get_context("fork" if args.dry else "spawn").Process(
-        target=run_here, args=(check, args, path)
-    )
-    process.start()
-    process.join(limit)
+    context = multiprocessing.get_context("fork" if args.dry else "spawn")
+    for check in checks:
+        path = Path(args.output) / f"{check.__name__}.part"
+        running[check] = context.Process(target=run_here, args=(check, args, path)), path
+        running[check][0].start()
+    while running:
+        multiprocessing.connection.wait([process.sentinel for process, _ in running.values()], timeout=0.1)
+        seconds = time.perf_counter() - start
+        for check, (process, path) in list(running.items()):
+            allowed = min(checks[check], limit)
+            if not process.is_alive() or seconds > allowed:
+                del running[check]
+                yield check.__name__, end_check(process, path, allowed) | dict(seconds=round(seconds, 1))
+
+
+def end_check(process, path, allowed):
+    """The outcome of a check but for its seconds; one that runs is ended."""
     if process.is_alive():
-        outcome = dict(status="timeout", error=f"not done after {limit:.0f} s")
+        outcome = dict(status="timeout", error=f"not done after {allowed:.0f} s")
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
-        process.join()
     elif path.exists():
         outcome = json.loads(path.read_text())
     else:
         outcome = dict(status="killed", error=f"its process ended with status {process.exitcode}")
+    process.join()
     path.unlink(missing_ok=True)
-    return outcome | dict(seconds=round(time.perf_counter() - start, 1))
+    return outcome
+
+
+def leave_out(checks):
+    """As `run_checks`, but none is run."""
+    return [(check.__name__, dict(status="left out", error="the budget was spent", seconds=0)) for check in checks]
 
 
 def write_report(report, folder):
@@ -104,11 +124,14 @@ def draw_verdicts(checks, dry):
         tops = results["ceilings"]
         bound = MEGABYTES * 1e3 / tops["copy_gb_per_s"] + GFLOP * 1e3 / tops["bfloat16_tflops"]
         lines.append(f"gap to bound {1e6 / speed['compiled'] / bound:.2f} ({1e6 / bound:,.0f} img/s)")
-    if not dry and {"profile", "ceilings"} <= results.keys():
+    if not dry and (off := results.get("kernels", {}).get("works")):
+        lines.append(f"TRITON KERNELS ARE OFF: {off}")
+    if "eager" in speed and "ceilings" in results:
+        found = results["base_eager"]["profile"]
         bounds = {kind: size * 1e3 / results["ceilings"]["copy_gb_per_s"] for kind, size in EAGER_MEGABYTES.items()}
         bounds["gemm"] = max(bounds["gemm"], GFLOP * 1e3 / results["ceilings"]["bfloat16_tflops"])
-        kind = max(bounds, key=lambda kind: results["profile"][kind] - bounds[kind])
-        lines.append(f"largest excess, eager: {kind} {results['profile'][kind]:.0f} us an image for {bounds[kind]:.0f}")
+        kind = max(bounds, key=lambda kind: found[kind] - bounds[kind])
+        lines.append(f"largest excess, eager: {kind} {found[kind]:.0f} us an image for {bounds[kind]:.0f}")
     if "dense_masked" in speed and "compiled" in speed:
         lines.append(f"{speed['compiled'] / speed['dense_masked']:.2f} times the speed of dense masked")
     if "equals_dense_masked" in results:
@@ -130,7 +153,7 @@ def get_args_parser():
 
 
 def main(args):
-    names = [check.__name__ for check in CHECKS]
+    names = [check.__name__ for group in CHECKS for check in group]
     if args.only and not set(args.only) <= set(names):
         raise UserError(f"--only {' '.join(args.only)}: must be among {', '.join(names)}")
     if not args.dry and not torch.cuda.device_count():
@@ -142,18 +165,15 @@ def main(args):
     folder.mkdir(parents=True, exist_ok=True)
     report, start = dict(dry=args.dry, budget=args.budget, verdicts=[], checks={}), time.perf_counter()
     write_report(report, folder)
-    for check, limit in CHECKS.items():
-        if args.only and check.__name__ not in args.only:
-            continue
+    for group in CHECKS:
+        wanted = {check: limit for check, limit in group.items() if not args.only or check.__name__ in args.only}
         left = args.budget - (time.perf_counter() - start)
-        if left < 5:
-            outcome = dict(status="left out", error="the budget was spent", seconds=0)
-        else:
-            outcome = run_check(check, args, min(limit, left))
-        report["checks"][check.__name__] = outcome
-        report["verdicts"] = draw_verdicts(report["checks"], args.dry)
-        write_report(report, folder)
-        print(f"{check.__name__}: {outcome['status']}, {outcome['seconds']} s", flush=True)
+        outcomes = run_checks(wanted, args, left) if left >= 5 else leave_out(wanted)
+        for name, outcome in outcomes:
+            report["checks"][name] = outcome
+            report["verdicts"] = draw_verdicts(report["checks"], args.dry)
+            write_report(report, folder)
+            print(f"{name}: {outcome['status']}, {outcome['seconds']} s", flush=True)
     print(*report["verdicts"], f"{folder / 'report.json'} has all of it", sep="\n")
 
 
