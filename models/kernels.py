@@ -415,7 +415,7 @@ def calls(device, dtype):
     visible = torch.tensor([[2, 0]], device=device)
     tables = visible.int(), patch_slots(visible, (2, 2))
     x, grad = torch.arange(128, device=device).view(2, 1, 2, 32).to(dtype) / 128
-    taps, bias = torch.ones(49, 32, device=device) / 64, torch.ones(32, device=device)
+    taps, bias = x.new_ones(49, 32, dtype=torch.float32) / 64, x.new_ones(32, dtype=torch.float32)
     forward, backward = (None, bias, False), (grad, None, True)
     return [
         (_conv, (x, taps, bias, *forward, *tables)),

@@ -221,7 +221,7 @@ def gelu_grad(h, a, grad, scale, factor):
 def calls(device, dtype):
     """The operators with small inputs of a dtype: what `triton_works` tries."""
     h, grad = torch.linspace(-3, 3, 96, device=device).view(2, 2, 3, 8).to(dtype)
-    scale, factor = torch.linspace(-1, 1, 32, device=device).view(2, 2, 1, 8)
+    scale, factor = torch.linspace(-1, 1, 32, device=device, dtype=torch.float32).view(2, 2, 1, 8)
     return [
         (_gelu_norm, (h, True)),
         (_scaled_gelu, (h, scale)),

@@ -378,9 +378,15 @@ def test_kernels_run_by_default_where_they_work(nothing_tried, monkeypatch):
 
 
 @needs_kernels
-def test_kernels_are_tried_in_their_own_dtypes_where_the_first_use_is_under_autocast(nothing_tried):
+def test_kernels_are_tried_in_their_own_dtypes_whatever_those_of_the_first_use(nothing_tried):
     with torch.autocast(DEVICE, torch.bfloat16):
         assert triton_works(DEVICE) is None
+    triton_works.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert triton_works(DEVICE) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @needs_kernels
