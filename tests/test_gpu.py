@@ -28,11 +28,9 @@ import utils
 from models import convnextv2, fcmae, triton_switch
 from tools import contestants, gpu_checks, gpu_counts, gpu_report
 
-TORCH = ("2.14", "2.15")  # on what others plan the pretended GPU has not been tried
-
 counts = pytest.mark.skipif(
-    not torch.__version__.startswith(TORCH) or torch.cuda.is_available() or not shutil.which("cc"),
-    reason=f"counted with a C compiler, without a GPU, by torch {' and '.join(TORCH)}",
+    not torch.__version__.startswith(gpu_counts.VERSIONS) or torch.cuda.is_available() or not shutil.which("cc"),
+    reason=f"counted with a C compiler, without a GPU, by torch {' and '.join(gpu_counts.VERSIONS)}",
 )
 
 
@@ -142,6 +140,15 @@ def test_kernels_compile_and_keep_their_sums_in_registers(name, dtypes, sizes, c
     assert resources["spilled"] == 0 and resources["registers"] <= 255 and resources["shared"] <= 48 * 1024
     if module == "mlp_kernels":
         assert resources["registers"] <= 128  # so that four programs run on a multiprocessor
+
+
+def test_a_torch_that_crashes_on_the_pretended_gpu_is_named(monkeypatch):
+    monkeypatch.delenv(gpu_counts.PRETENDED, raising=False)
+    monkeypatch.setattr(gpu_counts, "run_pretending", lambda command, folder: -11)
+    with pytest.raises(
+        utils.UserError, match=r"torch .* crashes on the pretended GPU \(signal 11\); accepted are 2.14 and 2.15"
+    ):
+        gpu_counts.main(gpu_counts.get_args_parser().parse_args([]))
 
 
 # ---- The report

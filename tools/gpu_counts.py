@@ -31,6 +31,7 @@ from models import convnextv2, fcmae
 from models.triton_switch import use_triton
 from utils import UserError
 
+VERSIONS = ("2.14", "2.15")  # of torch, which run on the pretended GPU
 PRETENDED = "CONVNEXTV2_PRETENDED_GPU"  # set in the process that has it
 SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "_unique", "masked_select", "is_nonzero")
 ALLOCATING = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "_unsafe_view", "lift_fresh")
@@ -294,9 +295,13 @@ def main(args):
     if PRETENDED not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
             sys.stdout.flush()
-            if status := run_pretending([sys.executable, "-m", "tools.gpu_counts", *sys.argv[1:]], folder):
-                sys.exit(status)
-        return
+            status = run_pretending([sys.executable, "-m", "tools.gpu_counts", *sys.argv[1:]], folder)
+            if status < 0:
+                accepted = f"accepted are {' and '.join(VERSIONS)}, with which it was tried"
+                raise UserError(
+                    f"torch {torch.__version__} crashes on the pretended GPU (signal {-status}); {accepted}"
+                )
+            sys.exit(status)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     use_triton(args.triton)
