@@ -82,19 +82,20 @@ def time_step(given, contestant):
 
 
 def profile(step, batch_size, device):
-    """Microseconds an image of three steps: of each class of kernel, and of the longest ones with launches a step."""
+    """Microseconds an image of a step: of each class of kernel, and of the longest ones with launches a step."""
     on_gpu = device == "cuda"
+    steps = 3 if on_gpu else 1
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
-        for _ in range(3):
+        for _ in range(steps):
             step()
         if on_gpu:
             torch.cuda.synchronize()
     classes, rows = dict.fromkeys([*CLASSES, "other"], 0.0), []
     for event in profiler.key_averages():
-        us = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 3 / batch_size
+        us = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / steps / batch_size
         classes[next((name for name, words in CLASSES.items() if re.search(words, event.key)), "other")] += us
-        rows.append((round(us, 2), round(event.count / 3), event.key[:120]))
+        rows.append((round(us, 2), round(event.count / steps), event.key[:120]))
     return dict(profile={name: round(us, 2) for name, us in classes.items()}, longest=sorted(rows, reverse=True)[:15])
 
 
