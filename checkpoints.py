@@ -284,9 +284,9 @@ def load_checkpoint(path):
     the disk or network, after which the file may be whole.
     """
     try:
-        if not files.is_torch_file(path):
-            with utils.name_in_errors(path):
-                return files.read_other_file(path)
+        with utils.name_in_errors(path):
+            if (checkpoint := files.read_other_file(path)) is not None:
+                return checkpoint
         open(path, "rb").close()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None

@@ -196,7 +196,8 @@ def build_labelled_images(is_train, args, task=None):
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
     whole = args.val_fraction and args.data_set == "IMNET"  # which need not have a train/
     data_set, options = "image_folder" if whole else args.data_set, source_options(args)
-    images = build_images(data_set, path, split, args.in_chans, True, task and task.labels, flag, options)
+    class_names = task.names if task and task.one_class else None
+    images = build_images(data_set, path, split, args.in_chans, True, class_names, flag, options)
     if args.val_fraction:
         one_class = (task or tasks.find_task(args.loss, find_labels(images, args))).one_class
         images = split_validation(images, args.val_fraction, args.seed, one_class)[0 if is_train else 1]

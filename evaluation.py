@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import utils
-from images import denormalize, normalize
+from images import denormalize, normalize, to_pillow
 from utils import UserError, format_count
 
 METRICS = ("probe_knn", "probe_linear")  # what `probe` measures
@@ -22,15 +22,17 @@ METRICS = ("probe_knn", "probe_linear")  # what `probe` measures
 class Evaluation:
     """Answers to every readable image of a data set, in the order of the set.
 
-    loss: mean over the images. targets (n,) or (n, K). unreadable: names of the images left out. That of a task also
-    has `metrics()`, numbers by name, `per_class()`, by name (K,) of the outputs, and `describe()`, a line without loss.
+    loss: mean over the images. targets (n,) or (n, K), answers (n, ...): see below. names: of the network's outputs.
+    topk: at which k to report, 1 always. unreadable: names of the images left out. That of a task also has `metrics()`,
+    numbers by name, `per_class()`, by name (K,) of the outputs, and `describe()`, a line without loss.
     """
 
     unit = "class"  # what an output is of
     confusion = None  # or a method: (C, C) counts, row = true class, column = most probable class
 
-    def __init__(self, loss, targets, unreadable=()):
-        self.loss, self.targets, self.unreadable = loss, targets, unreadable
+    def __init__(self, loss, targets, answers, names, topk=(), unreadable=()):
+        self.loss, self.targets, self.answers, self.unreadable = loss, targets, answers, unreadable
+        self.names, self.topk = names, sorted({1, *topk})
 
     def __str__(self):
         left_out = f", {len(self.unreadable)} unreadable left out" if self.unreadable else ""
@@ -38,18 +40,19 @@ class Evaluation:
 
 
 class ClassEvaluation(Evaluation):
-    """targets (n,): true classes. top (n, K): the most probable classes, in falling order. loss: cross-entropy.
+    """targets (n,): true classes. answers (n, k): the most probable classes, in falling order. loss: cross-entropy."""
 
-    topk: at which k to report accuracy, precision and recall, 1 always.
-    """
-
-    def __init__(self, loss, targets, top, num_classes, topk=(1, 5), unreadable=()):
-        super().__init__(loss, targets, unreadable)
-        self.top, self.num_classes, self.topk = top, num_classes, sorted({1, *topk})
+    def is_among(self, k):
+        """(n,) whether the class of an image is among the k most probable."""
+        return (self.answers[:, :k] == self.targets[:, None]).any(1)
 
     def accuracy(self, k):
-        """Percentage of the images whose class is among the k most probable."""
-        return 100 * (self.top[:, :k] == self.targets[:, None]).any(1).double().mean().item()
+        """The percentage of images where it is."""
+        return 100 * self.is_among(k).double().mean().item()
+
+    def count(self, classes):
+        """(C,) how often each class occurs."""
+        return classes.flatten().long().bincount(minlength=len(self.names))
 
     def metrics(self):
         """By name: loss, and for each k the accuracy and the class means of precision and recall, in per cent."""
@@ -60,32 +63,30 @@ class ClassEvaluation(Evaluation):
 
     def per_class(self):
         """By name, for each class (C,): images, and precision and recall at each k; nan for 0 / 0."""
-        images = self.targets.bincount(minlength=self.num_classes)
+        images = self.count(self.targets)
         columns = {"images": images}
         for k in self.topk:
-            top = self.top[:, :k]
-            predicted = top.flatten().bincount(minlength=self.num_classes)
-            correct = self.targets[(top == self.targets[:, None]).any(1)].bincount(minlength=self.num_classes)
-            columns |= {f"precision{k}": correct.double() / predicted, f"recall{k}": correct.double() / images}
+            correct = self.count(self.targets[self.is_among(k)]).double()
+            columns |= {f"precision{k}": correct / self.count(self.answers[:, :k]), f"recall{k}": correct / images}
         return columns
 
     def confusion(self):
         """(C, C) counts: row = true class, column = most probable class."""
-        pairs = self.targets * self.num_classes + self.top[:, 0]
-        return pairs.bincount(minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
+        count = len(self.names)
+        pairs = self.targets * count + self.answers[:, 0].long()
+        return pairs.bincount(minlength=count**2).view(count, count)
 
     def describe(self):
         return "  ".join(f"top-{k} {self.accuracy(k):.2f} %" for k in self.topk)
 
 
 class MultiLabelEvaluation(Evaluation):
-    """targets (n, K): 1 for each class of an image. logits (n, K): above 0, probability 0.5, a class is predicted."""
+    """targets (n, K): 1 for each class of an image. logits (n, K): the answer is yes above 0, probability 0.5."""
 
-    def __init__(self, loss, targets, logits, unreadable=()):
-        super().__init__(loss, targets > 0.5, unreadable)
-        self.logits, self.predicted = logits, logits > 0
-        images, predicted = self.targets.sum(0), self.predicted.sum(0)
-        correct = (self.predicted & self.targets).sum(0).double()
+    def __init__(self, loss, targets, logits, *options):
+        super().__init__(loss, targets > 0.5, logits > 0, *options)
+        images, predicted = self.targets.sum(0), self.answers.sum(0)
+        correct = (self.answers & self.targets).sum(0).double()
         areas = [average_precision(*pair) for pair in zip(logits.T, self.targets.T, strict=True)]
         self.columns = {"images": images, "average_precision": torch.stack(areas), "precision": correct / predicted}
         self.columns |= {"recall": correct / images, "f1": 2 * correct / (predicted + images)}
@@ -99,10 +100,10 @@ class MultiLabelEvaluation(Evaluation):
 
         All three are 0 if no class occurs, as scikit-learn's.
         """
-        occurs, answers = self.columns["images"] > 0, self.predicted.sum() + self.targets.sum()
+        occurs, answers = self.columns["images"] > 0, self.answers.sum() + self.targets.sum()
         means = (self.columns[name][occurs].mean().nan_to_num() for name in ("average_precision", "f1"))
         mean_ap, macro = (100 * mean.item() for mean in means)
-        micro = 200 * ((self.predicted & self.targets).sum().double() / answers).nan_to_num().item()
+        micro = 200 * ((self.answers & self.targets).sum().double() / answers).nan_to_num().item()
         return {"loss": self.loss, "mAP": mean_ap, "f1_macro": macro, "f1_micro": micro}
 
     def describe(self):
@@ -119,20 +120,16 @@ def average_precision(scores, is_true):
 
 
 class RegressionEvaluation(Evaluation):
-    """targets and predictions (n, K), float64, in the units of the labels; names: of the targets."""
+    """targets and answers (n, K), float64, in the units of the labels."""
 
     unit = "target"
-
-    def __init__(self, loss, targets, predictions, names, unreadable=()):
-        super().__init__(loss, targets, unreadable)
-        self.predictions, self.names = predictions, names
 
     def per_class(self):
         """By name, for each target (K,): mean absolute error, and R2 = 1 - squared errors / squares from the mean.
 
         As scikit-learn's: R2 of a target that is the same in all images is 1 if it is predicted exactly, else 0.
         """
-        errors, spread = self.predictions - self.targets, self.targets - self.targets.mean(0)
+        errors, spread = self.answers - self.targets, self.targets - self.targets.mean(0)
         squares, same = errors.square().sum(0), self.targets.amin(0) == self.targets.amax(0)
         r2 = torch.where(same, squares == 0, 1 - squares / spread.square().sum(0))
         return {"mae": errors.abs().mean(0), "r2": r2}
@@ -149,13 +146,6 @@ class RegressionEvaluation(Evaluation):
 # ---------------------------------------------------------------- outputs of all images
 
 
-@torch.no_grad()
-def compute_rows(function, batch, device, autocast):
-    """function(uint8 imgs, targets) -> (n, D) of a batch of images, on the CPU."""
-    with autocast():
-        return function(batch.imgs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)).cpu()
-
-
 def pool_features(maps):
     """The features of images: the mean over all sites of their maps (N, C, h, w) -> (N, C), float32."""
     return maps.float().mean((2, 3))
@@ -169,28 +159,28 @@ def collect(function, loader, device, autocast, divided=True, give_up=lambda: Fa
     whole set. gather: `utils.gather_to_main` brings large rows to the main rank only, the others get them empty; None:
     `utils.all_gather`. Returns None once give_up() is true on any rank. Raises UserError if no image could be read.
     """
-    rows, indices, targets, unreadable, given_up = [], [], [], [], False
+    parts, unreadable, given_up = [], [], False
     for batch in loader:
         given_up = give_up()
         if given_up:
             break
         unreadable += batch.unreadable
         if len(batch.imgs):
-            rows.append(compute_rows(function, batch, device, autocast))
-            indices.append(batch.indices)
-            targets.append(batch.targets)
-    outcomes = utils.all_gather((given_up, bool(rows))) if divided else [(given_up, bool(rows))]
+            inputs = (tensor.to(device, non_blocking=True) for tensor in (batch.imgs, batch.targets))
+            with autocast():
+                parts.append((function(*inputs).cpu(), batch.targets, batch.indices))
+    all_gather = utils.all_gather if divided else lambda value: [value]
+    outcomes = all_gather((given_up, bool(parts)))
     if any(given_up for given_up, _ in outcomes):
         return None
-    if divided:
-        gather = gather or utils.all_gather
-        rows, indices, targets, unreadable = (sum(gather(x), []) for x in (rows, indices, targets, unreadable))
+    parts, unreadable = (sum((gather or all_gather)(items), []) for items in (parts, unreadable))
     if not any(has_rows for _, has_rows in outcomes):
         raise UserError(f"none of the images could be read: {next(iter(unreadable), 'see the main rank')}")
-    if not rows:  # they are on the main rank
+    if not parts:  # they are on the main rank
         return torch.empty(0), torch.empty(0, dtype=torch.long), []
-    order = torch.cat(indices).argsort()  # so that sums do not depend on how the set was divided
-    return torch.cat(rows)[order], torch.cat(targets)[order], unreadable
+    rows, targets, indices = map(torch.cat, zip(*parts, strict=True))
+    order = indices.argsort()  # so that sums do not depend on how the set was divided
+    return rows[order], targets[order], unreadable
 
 
 # ---------------------------------------------------------------- probes of features
@@ -199,13 +189,14 @@ def collect(function, loader, device, autocast, divided=True, give_up=lambda: Fa
 def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.07, give_up=lambda: False):
     """Top-1 accuracy in per cent of k nearest neighbors by cosine, weighted by exp(cosine / temperature).
 
-    Wu et al., 2018. train (n, C), test (m, C): features; targets (n,), (m,): classes. None if given up.
+    Wu et al., 2018. train (n, C), test (m, C): features; targets (n,), (m,): classes. Raises InterruptedError once
+    give_up() is true.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     correct, rows = 0, min(1024, 2**27 // len(train) + 1)  # at most 0.5 GB of cosines at a time
     for queries, targets in zip(test.split(rows), test_targets.split(rows), strict=True):
         if give_up():
-            return None
+            raise InterruptedError
         nearest = (queries @ train.T).topk(min(k, len(train)))
         weights = ((nearest.values - 1) / temperature).exp()
         votes = weights.new_zeros(len(queries), train_targets.max() + 1)
@@ -215,7 +206,7 @@ def knn_accuracy(train, train_targets, test, test_targets, k=20, temperature=0.0
 
 
 def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give_up=lambda: False):
-    """Top-1 accuracy in per cent of logistic regression on standardized features; None if given up."""
+    """Top-1 accuracy in per cent of logistic regression on standardized features. Raises as `knn_accuracy`."""
     train, test = train.double(), test.double()
     mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-12)
     train, test = (train - mean) / std, (test - mean) / std
@@ -227,17 +218,14 @@ def linear_accuracy(train, train_targets, test, test_targets, strength=1.0, give
 
     def closure():
         if give_up():
-            raise InterruptedError  # ends the optimizer's step from within
+            raise InterruptedError
         optimizer.zero_grad()
         loss = F.cross_entropy(train @ weight.T + bias, train_targets)
         loss = loss + weight.square().sum() / (2 * strength * len(train))
         loss.backward()
         return loss
 
-    try:
-        optimizer.step(closure)
-    except InterruptedError:
-        return None
+    optimizer.step(closure)
     with torch.no_grad():
         return 100 * ((test @ weight.T + bias).argmax(1) == test_targets).double().mean().item()
 
@@ -266,12 +254,11 @@ def probe(trunk, loaders, device, autocast, give_up=lambda: False, max_seconds=m
         end = time.monotonic() + max_seconds
         sets, accuracies = [tensor.to(device) for tensor in tensors], {}
         for name, accuracy in zip(METRICS, (knn_accuracy, linear_accuracy), strict=True):
-            value = accuracy(*sets, give_up=lambda: give_up() or time.monotonic() > end)
-            if value is not None:
-                accuracies[name] = value
-            elif give_up():
-                return None
-            else:
+            try:
+                accuracies[name] = accuracy(*sets, give_up=lambda: give_up() or time.monotonic() > end)
+            except InterruptedError:
+                if give_up():
+                    return None
                 utils.log(f"{name} left out: it takes more than {max_seconds:g} s; fit on fewer images of each class")
         return accuracies, [len(tensors[0]), len(tensors[2])]
 
@@ -298,37 +285,34 @@ def draw_reconstructions(model, imgs, noise=None, mask_ratio=None, statistics=No
     titles = {"reconstruction": True}
     if model.norm_pix_loss:
         titles = {"with each patch's\ntrue mean and std": True, "with mean and std\nof visible patches": False}
-    p = model.patch_size
-    is_masked = mask.view(-1, 1, imgs.shape[2] // p, imgs.shape[3] // p).bool()
-    is_masked = is_masked.repeat_interleave(p, dim=2).repeat_interleave(p, dim=3)  # (N, 1, H, W)
-    masked = imgs.masked_fill(is_masked, 127)
-    columns = {"original": imgs, "masked": masked}
+    grid = mask.float().view(-1, 1, *(side // model.patch_size for side in imgs.shape[2:]))
+    is_masked = F.interpolate(grid, imgs.shape[2:]).bool()  # (N, 1, H, W)
+    columns = {"original": imgs, "masked": imgs.masked_fill(is_masked, 127)}
     for title, given in titles.items():
         reconstruction = model.reconstruct(inputs, pred.float(), mask, true_statistics=given)
         columns[title] = denormalize(reconstruction, statistics)
     return draw_table(columns)
 
 
-def enlarge(pixels, width, height):
-    """uint8 (H, W, 3) as a Pillow image of that size, without interpolation."""
-    return Image.fromarray(pixels.cpu().numpy()).resize((width, height), Image.Resampling.NEAREST)
+def to_picture(pixels):
+    """uint8 (C, H, W) as a Pillow image: the first three channels are colors, the first of fewer is gray."""
+    return to_pillow(pixels[: 3 if len(pixels) >= 3 else 1].cpu())
 
 
 def draw_table(columns, border=4, min_width=112):
     """A Pillow image of {title: images (N, C, H, W) uint8}, a column each; the second half of N beside the first."""
     header = 2 + 14 * max(title.count("\n") + 1 for title in columns)
-    n, channels, height, width = next(iter(columns.values())).shape
+    n, _, height, width = next(iter(columns.values())).shape
     rows, factor = -(-n // 2), -(-min_width // width)
     width, height = width * factor, height * factor
     half = len(columns) * (width + border) + 2 * border
     table = Image.new("RGB", (half * min(n, 2), header + rows * (height + border)), "white")
     for j, (title, images) in enumerate(columns.items()):
-        images = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-        for i, pixels in enumerate(images.permute(0, 2, 3, 1).contiguous()):
+        for i, pixels in enumerate(images):
             left, top = i // rows * half + border + j * (width + border), header + i % rows * (height + border)
             if i % rows == 0:
                 ImageDraw.Draw(table).text((left, 2), title, fill="black")
-            table.paste(enlarge(pixels, width, height), (left, top))
+            table.paste(to_picture(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
     return table
 
 
@@ -358,9 +342,10 @@ def draw_confusion(matrix, names, width=800):
     margin = 40 + math.ceil(max(map(font.getlength, names))) if cell >= 12 else 40
     side = cell * count
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    color = 1 - share[:, :, None] * torch.tensor([0.88, 0.62, 0.35])  # white to blue
+    color = 1 - share * torch.tensor([0.88, 0.62, 0.35])[:, None, None]  # white to blue
     picture = Image.new("RGB", (margin + side + 8, margin + side + 8), "white")
-    picture.paste(enlarge((color * 255).round().to(torch.uint8), side, side), (margin, margin))
+    cells = to_picture((color * 255).round().to(torch.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    picture.paste(cells, (margin, margin))
     draw = ImageDraw.Draw(picture)
     draw.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline="lightgray")
     draw.text((margin + 4, 4), "predicted", fill="gray")

@@ -39,14 +39,14 @@ def find_files(flag, paths):
 
 
 def read_files(flag, paths, in_chans, transform):
-    """Yield (path, transform(opened image)) of files and of folders of them. Raises UserError for an unreadable one."""
+    """Yield transform(opened image) of files and of folders of them. Raises UserError for an unreadable one."""
     for file in find_files(flag, paths):
         try:
             with open_image(file, in_chans) as image:
                 pixels = transform(image)
         except Exception as error:  # Pillow's plugins raise nearly everything
             raise UserError(sources.in_one_line(f"{flag} {file}: cannot be read: {error}")) from None
-        yield file, pixels
+        yield pixels
 
 
 class ImageFolder:

@@ -76,7 +76,7 @@ def check_args(args):
     engine_finetune.check_batch_args(args)
     if args.model_ema_eval and not args.model_ema:
         raise UserError("--model_ema_eval true: there are no EMA weights without --model_ema true")
-    check_task_args(args, tasks.possible_tasks(args.loss))
+    check_task_args(args, [task for task in tasks.TASKS if args.loss in task.losses])
 
 
 def check_data_args(args):

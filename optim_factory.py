@@ -88,8 +88,7 @@ class Schedule:
 
     def __init__(self, args, steps_per_epoch):
         self.args, self.peak_lr = args, peak_lr(args)
-        in_steps = args.warmup_steps > 0
-        self.warmup_epochs = args.warmup_steps / steps_per_epoch if in_steps else args.warmup_epochs
+        self.warmup_epochs = args.warmup_steps / steps_per_epoch if args.warmup_steps > 0 else args.warmup_epochs
 
     def lr(self, epoch):
         if epoch < self.warmup_epochs:
@@ -174,14 +173,9 @@ def get_parameter_groups(model, weight_decay=1e-5, skip_list=(), get_num_layer=N
             continue
         exempt = parameter.ndim == 1 or name in skip_list
         layer = get_num_layer(name) if get_num_layer else None
-        if (layer, exempt) not in groups:
-            groups[layer, exempt] = {
-                "params": [],
-                "weight_decay": 0.0 if exempt else weight_decay,
-                "decays": not exempt,
-                "lr_scale": get_layer_scale(layer) if get_layer_scale else 1.0,
-            }
-        groups[layer, exempt]["params"].append(parameter)
+        scale = get_layer_scale(layer) if get_layer_scale else 1.0
+        options = {"weight_decay": 0.0 if exempt else weight_decay, "decays": not exempt, "lr_scale": scale}
+        groups.setdefault((layer, exempt), {"params": []} | options)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -231,17 +225,12 @@ def create_optimizer(args, model, get_num_layer=None, get_layer_scale=None, filt
     groups = get_parameter_groups(model, args.weight_decay, skip_list, get_num_layer, get_layer_scale)
     if not filter_bias_and_bn:
         groups = [group | {"weight_decay": args.weight_decay, "decays": True} for group in groups]
-    options = {"eps": args.opt_eps, "betas": tuple(args.opt_betas) if args.opt_betas else None}
+    options = {"eps": args.opt_eps, "weight_decay": args.weight_decay, "momentum": args.momentum}
+    if args.opt_betas:
+        options["betas"] = tuple(args.opt_betas)
     if base_name(args) in ("adam", "adamw"):
         options["fused"] = True
-    return create_optimizer_v2(
-        groups,
-        opt=args.opt,
-        lr=peak_lr(args),
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    return create_optimizer_v2(groups, opt=args.opt, lr=peak_lr(args), **options)
 
 
 def create_layer_decay_optimizer(args, model):
@@ -262,32 +251,21 @@ def load_moments(optimizer, state):
 
     Raises ValueError for other groups, and for a state that would fail or spoil the next step.
     """
-    check_moments(optimizer, state)
     names = "lr weight_decay decays lr_scale betas eps momentum fused foreach capturable maximize amsgrad".split()
     hyperparameters = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+    if not all(isinstance(values, dict) for values in state["state"].values()):
+        raise ValueError("the optimizer's state is damaged")
     optimizer.load_state_dict(state)
     for group, current in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(current)
 
-
-def check_moments(optimizer, state):
-    """Raise ValueError for an optimizer's state dict that does not fit, or is damaged."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    try:
-        sizes = [len(group["params"]) for group in state["param_groups"]]
-        numbers = [number for group in state["param_groups"] for number in group["params"]]
-        moments = [(numbers.index(number), values) for number, values in state["state"].items()]
-        kinds = {frozenset(values.keys()) for _, values in moments}
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
-        raise ValueError("the optimizer's state is damaged") from None
-    if sizes != [len(group["params"]) for group in optimizer.param_groups]:
-        raise ValueError("the optimizer has other parameter groups")
     is_plain = type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # their states are known
-    if is_plain and len(kinds) > 1:
+    moments = list((optimizer.state if is_plain else state["state"]).items())
+    if is_plain and len({frozenset(values) for _, values in moments}) > 1:
         raise ValueError("the optimizer's state is damaged: parameters have different moments")
-    for number, values in moments:
+    for number, (parameter, values) in enumerate(moments):
         for name, value in values.items():
-            fits = not is_plain or fits_parameter(name, value, parameters[number])
+            fits = not is_plain or fits_parameter(name, value, parameter)
             if not fits or torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"the optimizer's {name} of parameter {number} is damaged")
 

@@ -55,19 +55,17 @@ class Task:
         metric_names(topk)          class method: the names of `metrics()` of its evaluation.
         measure(outputs, targets, topk)
                                     (n, 1 + D): loss of each image, and what else `evaluate` needs.
-        evaluate(rows, targets, topk, unreadable)
-                                    the `evaluation.Evaluation` of such rows of all images.
         predict(outputs)            (n, K) as people read them: probabilities, or numbers in the units of the labels.
-        titles(topk), cells(row, topk), describe_row(row, topk)
-                                    of a table of predictions, and a row of it in one line.
+        cells(row, topk)            a line of a table of predictions: {title: text} of a row of `rows`.
+        describe_row(row, topk)     the same in one line.
         str(task)                   in a few words
     """
 
     kind = ""  # its name in checkpoints
     losses = ()  # of --loss
+    evaluation = None  # the class of its `evaluation.Evaluation`
     best = ""  # the metric that decides the best checkpoint
-    one_class = False  # whether an image has one class: then classes can be balanced, and a part of each be held out
-    labels = None  # the labels that images may have, in the order of targets; None: `encode` says
+    one_class = False  # whether an image has one class: a label is a name, and a part of each class can be held out
 
     def __init__(self, loss, names):
         self.loss, self.names = loss, list(names)
@@ -95,6 +93,10 @@ class Task:
         """(n, K) float32, or classes (n,), of the images of `Labels`. Raises as `encode` does."""
         return self.encode(labels)[labels.numbers]
 
+    def evaluate(self, rows, targets, topk, unreadable):
+        """The `Evaluation` of all images, of their rows by `measure`."""
+        return self.evaluation(rows[:, 0].mean().item(), targets, rows[:, 1:], self.names, topk, unreadable)
+
     def rows(self, predictions, topk):
         """(n, D) what a table keeps of predictions (n, K)."""
         return predictions
@@ -104,10 +106,7 @@ class Classification(Task):
     """One class an image. With `bce` each class is a question of yes or no (Wightman et al., 2021)."""
 
     kind, losses, best, one_class = "classification", ("ce", "bce"), "acc1", True
-
-    @property
-    def labels(self):
-        return self.names
+    evaluation = ClassEvaluation
 
     @classmethod
     def fit(cls, loss, labels):
@@ -127,22 +126,26 @@ class Classification(Task):
         return labels.numbers
 
     def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
-        """ce: the mean over images of sum_k w_k p_k (-log q_k), p smoothed, as torch's cross-entropy of probabilities.
+        """ce: the mean over images of sum_k w_k p_k (-log q_k), as torch's cross-entropy of probabilities.
 
-        w_k = images / (classes x images of class k). bce: as `MultiLabel`, smoothed as in ce.
+        w_k = images / (classes x images of class k). bce: see `binary_cross_entropy`, with the weights
+        a_k = images / (2 x images of class k), b_k = images / (2 x others): yes and no are the classes of a problem of
+        two. p is smoothed towards 1 / classes where an image has one class, else towards 1/2.
         """
-        count, weights, answers = len(self.names), None, (1.0, 1.0)
+        function = F.cross_entropy if self.loss == "ce" else binary_cross_entropy
+        count, weights = len(self.names), ()
+        answers = count if self.one_class else 2
         if targets is not None:
-            images = torch.from_numpy(np.bincount(targets, minlength=count)).to(device)
-            weights = balance(images, len(targets), (images > 0).sum())
-            answers = balance_answers(images, len(targets))
+            images = np.bincount(targets, minlength=count) if self.one_class else targets.sum(0)
+            images, total = torch.from_numpy(images).to(device), len(targets)
+            if self.loss == "ce":
+                weights = [balance(images, total, (images > 0).sum())]
+            else:
+                weights = [balance(images, total, 2), balance(total - images, total, 2)]
 
         def criterion(logits, targets):
             targets = F.one_hot(targets, count) if targets.ndim == 1 else targets
-            targets = targets * (1 - smoothing) + smoothing / count
-            if self.loss == "bce":
-                return binary_cross_entropy(logits, targets, *answers).mean()
-            return F.cross_entropy(logits, targets, weights)
+            return function(logits, targets * (1 - smoothing) + smoothing / answers, *weights)
 
         return criterion
 
@@ -155,10 +158,6 @@ class Classification(Task):
         losses = F.cross_entropy(outputs, targets, reduction="none")
         top = outputs.topk(min(max(topk), len(self.names))).indices
         return torch.cat([losses[:, None].double(), top.double()], 1)
-
-    def evaluate(self, rows, targets, topk, unreadable):
-        num_classes = len(self.names)
-        return ClassEvaluation(rows[:, 0].mean().item(), targets, rows[:, 1:].long(), num_classes, topk, unreadable)
 
     def predict(self, outputs):
         return outputs.softmax(1)
@@ -173,12 +172,11 @@ class Classification(Task):
         count = len(row) // 2
         return [(self.names[int(number)], float(p)) for p, number in zip(row[:count], row[count:], strict=True)]
 
-    def titles(self, topk):
-        count = min(topk, len(self.names))
-        return [f"{name}{k + 1}" for k in range(count) for name in ("class", "probability")]
-
     def cells(self, row, topk):
-        return [value for name, p in self.split_row(row)[:topk] for value in (name, f"{p:.6f}")]
+        cells = {}
+        for k, (name, p) in enumerate(self.split_row(row)[:topk], start=1):
+            cells |= {f"class{k}": name, f"probability{k}": f"{p:.6f}"}
+        return cells
 
     def describe_row(self, row, topk):
         return ", ".join(f"{name} {100 * p:.1f} %" for name, p in self.split_row(row)[:topk])
@@ -190,7 +188,8 @@ class Classification(Task):
 class MultiLabel(Classification):
     """Any number of classes an image: names joined by the separator, which alone is none, or 0 and 1 in columns."""
 
-    kind, losses, best, one_class, labels = "multi-label classification", ("bce",), "mAP", False, None
+    kind, losses, best, one_class = "multi-label classification", ("bce",), "mAP", False
+    evaluation = MultiLabelEvaluation
     read_targets = Task.read_targets
 
     @classmethod
@@ -223,30 +222,13 @@ class MultiLabel(Classification):
                 row[numbers[name]] = 1
         return table
 
-    def build_loss(self, smoothing=0.0, targets=None, device="cpu"):
-        """The mean over images and classes of -(a t log p + b (1 - t) log(1 - p)), t smoothed towards 1/2.
-
-        a = images / (2 x images with the class), b = images / (2 x images without it).
-        """
-        answers = (1.0, 1.0)
-        if targets is not None:
-            answers = balance_answers(torch.from_numpy(targets.sum(0)).to(device), len(targets))
-
-        def criterion(logits, targets):
-            return binary_cross_entropy(logits, targets * (1 - smoothing) + smoothing / 2, *answers).mean()
-
-        return criterion
-
     @classmethod
     def metric_names(cls, topk):
         return ["loss", "mAP", "f1_macro", "f1_micro"]
 
     def measure(self, outputs, targets, topk):
-        losses = binary_cross_entropy(outputs, targets).mean(1, keepdim=True)
+        losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1, keepdim=True)
         return torch.cat([losses, outputs], 1).double()
-
-    def evaluate(self, rows, targets, topk, unreadable):
-        return MultiLabelEvaluation(rows[:, 0].mean().item(), targets, rows[:, 1:], unreadable)
 
     def predict(self, outputs):
         return outputs.sigmoid()
@@ -258,11 +240,8 @@ class MultiLabel(Classification):
         """The names of the classes above 0.5, joined."""
         return SEPARATOR.join(name for name, p in self.split_row(row) if p > 0.5)
 
-    def titles(self, topk):
-        return ["classes", *super().titles(topk)]
-
     def cells(self, row, topk):
-        return [self.find_classes(row), *super().cells(row, topk)]
+        return {"classes": self.find_classes(row)} | super().cells(row, topk)
 
     def describe_row(self, row, topk):
         return f"{self.find_classes(row) or 'none'} ({super().describe_row(row, topk)})"
@@ -274,7 +253,7 @@ class MultiLabel(Classification):
 class Regression(Task):
     """One or several numbers an image. Outputs are standardized: mean, std (K,) are those of the training set."""
 
-    kind, losses = "regression", ("mse", "l1")
+    kind, losses, evaluation = "regression", ("mse", "l1"), RegressionEvaluation
 
     def __init__(self, loss, names, mean, std):
         super().__init__(loss, names)
@@ -329,17 +308,14 @@ class Regression(Task):
         return torch.cat([losses, outputs], 1).double()
 
     def evaluate(self, rows, targets, topk, unreadable):
-        true, predicted = self.predict(targets.double()), self.predict(rows[:, 1:])
-        return RegressionEvaluation(rows[:, 0].mean().item(), true, predicted, self.names, unreadable)
+        rows = torch.cat([rows[:, :1], self.predict(rows[:, 1:])], 1)
+        return super().evaluate(rows, self.predict(targets.double()), topk, unreadable)
 
     def predict(self, outputs):
         return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
 
-    def titles(self, topk):
-        return self.names
-
     def cells(self, row, topk):
-        return [f"{float(value):.6g}" for value in row]
+        return {name: f"{float(value):.6g}" for name, value in zip(self.names, row, strict=True)}
 
     def describe_row(self, row, topk):
         return ", ".join(f"{name} {float(value):.4g}" for name, value in zip(self.names, row, strict=True))
@@ -355,11 +331,6 @@ TASKS = (MultiLabel, Regression, Classification)  # the first that fits
 def find_losses():
     """The choices of --loss."""
     return list(dict.fromkeys(loss for task in reversed(TASKS) for loss in task.losses))
-
-
-def possible_tasks(loss):
-    """The classes of tasks that labels may turn out to be."""
-    return [task for task in TASKS if loss in task.losses]
 
 
 def find_task(loss, labels):
@@ -421,11 +392,6 @@ def balance(count, total, parts):
     return torch.where(count > 0, total / (parts * count.clamp(min=1)), 0.0).float()
 
 
-def balance_answers(count, total):
-    """Weights (K,) of yes and of no to each class, which are the two classes of a problem of their own."""
-    return balance(count, total, 2), balance(total - count, total, 2)
-
-
 def binary_cross_entropy(logits, targets, positive=1.0, negative=1.0):
-    """(N, K) of targets in [0, 1]; positive, negative: weights (K,) of yes and no."""
-    return -(positive * targets * F.logsigmoid(logits) + negative * (1 - targets) * F.logsigmoid(-logits))
+    """The mean over images and classes (N, K) of -(a t log p + b (1 - t) log(1 - p)); positive, negative: a, b (K,)."""
+    return -(positive * targets * F.logsigmoid(logits) + negative * (1 - targets) * F.logsigmoid(-logits)).mean()

@@ -36,15 +36,14 @@ def add_training_args(parser, epochs, lr):
 
 def build_encoder(args):
     """The dense network, without its classifier; its `statistics` are for `images.normalize`. Raises UserError."""
-    checkpoint = {}
+    checkpoint = load_checkpoint(args.encoder) if args.encoder else {}
     torch.manual_seed(args.seed)
-    model = convnextv2.__dict__[args.model](num_classes=1, drop_path_rate=args.drop_path)
-    if args.encoder:
-        checkpoint = load_checkpoint(args.encoder)
-        with utils.name_in_errors(f"--encoder {args.encoder}"):
+    with utils.name_in_errors(f"--encoder {args.encoder}"):
+        if args.encoder:
             checkpoint["config"] = (checkpoint.get("config") or {}) | {"drop_path_rate": args.drop_path}
             model, _ = convnextv2.from_checkpoint(checkpoint)
-    with utils.name_in_errors(f"--encoder {args.encoder}"):
+        else:
+            model = convnextv2.__dict__[args.model](num_classes=1, drop_path_rate=args.drop_path)
         model.statistics = find_statistics(training_flags(checkpoint), 3)
     del model.norm, model.head
     torch.manual_seed(args.seed)  # the same head whatever the encoder
@@ -81,14 +80,6 @@ def build_optimizer(args, model):
     return torch.optim.AdamW(groups, lr=args.lr)
 
 
-def list_files(folder, ending="*"):
-    """Sorted paths of a folder. Raises UserError if there is none."""
-    paths = sorted(Path(folder).glob(ending))
-    if not paths:
-        raise UserError(f"--data_path: no file {folder}/{ending}")
-    return paths
-
-
 def read_image(path, mode=None):
     """Pixels (H, W) or (H, W, C) of a file, in a mode of Pillow. Raises UserError if it cannot be read."""
     try:
@@ -119,7 +110,10 @@ def train(args, model, count, compute_loss, evaluate):
         order, losses = np.random.default_rng((args.seed, epoch)).permutation(count), []
         model.train()
         for step in range(steps):
-            set_learning_rate(args, optimizer, (epoch + step / steps) / args.epochs)
+            progress = (epoch + step / steps) / args.epochs
+            lr = args.lr * progress / 0.1 if progress < 0.1 else half_cosine(args.lr, 0, (progress - 0.1) / 0.9)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
             loss = compute_loss(order[step * args.batch_size :][: args.batch_size].tolist())
             optimizer.zero_grad()
             loss.backward()
@@ -132,9 +126,3 @@ def train(args, model, count, compute_loss, evaluate):
     model.eval()
     with torch.inference_mode():
         return evaluate()
-
-
-def set_learning_rate(args, optimizer, progress):
-    lr = args.lr * progress / 0.1 if progress < 0.1 else half_cosine(args.lr, 0, (progress - 0.1) / 0.9)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]

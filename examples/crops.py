@@ -14,6 +14,7 @@ without labels, are of the left two thirds of a picture, those to validate of th
 --cut pixels, resized to --side, and a function of (seed, class, number).
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -97,24 +98,21 @@ def main(args):
         if not args.cut[0] <= args.cut[1] <= most:
             problem = f"must be at most {most}, a third of the width of {name} or its height; the smaller first"
             raise UserError(f"--cut {args.cut[0]} {args.cut[1]}: {problem}")
-    sources = [(picture, turn) for picture in pictures.values() for turn in (TURNS if args.turns else (0,))]
-    if args.turns:
-        classes = {f"{turn:03}": [source for source in sources if source[1] == turn] for turn in TURNS}
-    else:
-        classes = {name: [source] for name, source in zip(pictures, sources, strict=True)}
+    sources, classes = [], {}  # pictures and how far they are turned
+    for name, turn in itertools.product(pictures, TURNS if args.turns else (0,)):
+        sources.append((pictures[name], turn))
+        classes.setdefault(f"{turn:03}" if args.turns else name, []).append(sources[-1])
 
-    def write(path, key, source, train):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        crop = draw_crop(np.random.default_rng((args.seed, *key)), source[0], train, args.side, args.cut)
-        crop.rotate(source[1]).convert("L" if args.gray else "RGB").save(path)
+    def write(folder, sources, count, train, *key):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (picture, turn) in zip(range(count), itertools.cycle(sources), strict=False):
+            crop = draw_crop(np.random.default_rng((args.seed, *key, number)), picture, train, args.side, args.cut)
+            crop.rotate(turn).convert("L" if args.gray else "RGB").save(folder / f"{number:06}.png")
 
-    for split, name, count in ((0, "train", args.train), (1, "val", args.val)):
-        for label, (title, ours) in enumerate(classes.items()):
-            for number in range(count):
-                path = folder / name / title / f"{number:06}.png"
-                write(path, (split, label, number), ours[number % len(ours)], name == "train")
-    for number in range(args.unlabelled):
-        write(folder / "unlabelled" / f"{number:06}.png", (2, number), sources[number % len(sources)], True)
+    for label, (title, ours) in enumerate(classes.items()):
+        write(folder / "train" / title, ours, args.train, True, 0, label)
+        write(folder / "val" / title, ours, args.val, False, 1, label)
+    write(folder / "unlabelled", sources, args.unlabelled, True, 2)
     labelled = f"{args.train} to train and {args.val} to validate of each of {len(classes)} classes"
     print(f"{args.unlabelled} unlabelled crops, {labelled}: {folder}")
 

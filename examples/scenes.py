@@ -22,16 +22,6 @@ from image_sets import Digits
 
 SIDE = 128  # pixels of a scene
 DIGIT_SIDES = (24, 48)  # range of a digit's side
-CLASSES = list(map(str, range(10)))
-
-
-def load_photographs(train):
-    """The two photographs (H, W, 3) uint8 of scikit-learn: the part for training, or for validation."""
-    from sklearn.datasets import load_sample_images
-
-    photographs = load_sample_images().images
-    split = photographs[0].shape[1] * 2 // 3
-    return [photograph[:, :split] if train else photograph[:, split:] for photograph in photographs]
 
 
 def draw_background(rng, photographs):
@@ -83,34 +73,33 @@ def annotate(objects, image_id, first_id):
     return annotations
 
 
+def draw_scenes(count, train, seed, part):
+    """Yield the name of the file, pixels and objects of each scene, from the photographs' part to train or validate."""
+    from sklearn.datasets import load_sample_images
+
+    photographs, digits = load_sample_images().images, Digits(train, in_chans=1)
+    split = photographs[0].shape[1] * 2 // 3
+    photographs = [photograph[:, :split] if train else photograph[:, split:] for photograph in photographs]
+    for number in range(count):
+        yield f"{number:04}.png", *draw_scene(np.random.default_rng((seed, number, part)), photographs, digits)
+
+
 def write_split(folder, count, train, seed, one_class=False):
     """Images, masks and annotations of one split. one_class: all digits are category 1."""
-    photographs, digits = load_photographs(train), Digits(train, in_chans=1)
-    names = ["digit"] if one_class else CLASSES
-    coco = dict(images=[], annotations=[], categories=[dict(id=1 + i, name=name) for i, name in enumerate(names)])
+    categories = [dict(id=1 + i, name=name) for i, name in enumerate(["digit"] if one_class else "0123456789")]
+    coco = dict(images=[], annotations=[], categories=categories)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        pixels, objects = draw_scene(np.random.default_rng((seed, number, train)), photographs, digits)
+    for image_id, (name, pixels, objects) in enumerate(draw_scenes(count, train, seed, int(train)), start=1):
         objects = [(1 if one_class else category, mask) for category, mask in objects]
         classes = np.zeros((SIDE, SIDE), np.uint8)
         for category, mask in objects:
             classes[mask] = category
-        file_name = f"{number:04}.png"
-        Image.fromarray(pixels).save(folder / "images" / file_name)
-        Image.fromarray(classes).save(folder / "masks" / file_name)
-        coco["images"].append(dict(id=number + 1, file_name=file_name, height=SIDE, width=SIDE))
-        coco["annotations"] += annotate(objects, number + 1, len(coco["annotations"]) + 1)
+        Image.fromarray(pixels).save(folder / "images" / name)
+        Image.fromarray(classes).save(folder / "masks" / name)
+        coco["images"].append(dict(id=image_id, file_name=name, height=SIDE, width=SIDE))
+        coco["annotations"] += annotate(objects, image_id, len(coco["annotations"]) + 1)
     (folder / "annotations.json").write_text(json.dumps(coco))
-
-
-def write_unlabelled(folder, count, seed):
-    """Scenes alone, from the training part of photographs and digits."""
-    photographs, digits = load_photographs(True), Digits(True, in_chans=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        pixels, _ = draw_scene(np.random.default_rng((seed, number, 2)), photographs, digits)
-        Image.fromarray(pixels).save(folder / f"{number:04}.png")
 
 
 def get_args_parser():
@@ -127,7 +116,9 @@ def get_args_parser():
 
 def main(args):
     folder = Path(args.folder)
-    write_unlabelled(folder / "unlabelled", args.unlabelled, args.seed)
+    (folder / "unlabelled").mkdir(parents=True, exist_ok=True)
+    for name, pixels, _ in draw_scenes(args.unlabelled, True, args.seed, part=2):
+        Image.fromarray(pixels).save(folder / "unlabelled" / name)
     write_split(folder / "train", args.train, True, args.seed, args.one_class)
     write_split(folder / "val", args.val, False, args.seed, args.one_class)
     print(f"{args.unlabelled} unlabelled scenes, {args.train} to train and {args.val} to validate: {folder}")

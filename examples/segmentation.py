@@ -11,13 +11,15 @@
 Without --encoder the encoder starts at random; --freeze leaves it as it is. Prints the mean IoU over the classes.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import flags
-from examples.common import Scales, add_training_args, build_encoder, list_files, read_image, train
+from examples.common import Scales, add_training_args, build_encoder, read_image, train
 from images import normalize
 from utils import UserError
 
@@ -46,9 +48,11 @@ class UNet(nn.Module):
 
 def load_split(folder):
     """Images (n, 3, H, W) and masks (n, H, W) of a folder, uint8. Raises UserError for files that do not fit."""
-    images, masks = [], []
-    for path in list_files(f"{folder}/images"):
-        mask = path.parent.parent / "masks" / f"{path.stem}.png"
+    paths, images, masks = sorted(Path(folder, "images").glob("*")), [], []
+    if not paths:
+        raise UserError(f"--data_path: no file {folder}/images/*")
+    for path in paths:
+        mask = Path(folder, "masks", f"{path.stem}.png")
         if not mask.exists():
             raise UserError(f"--data_path: {path} has no mask {mask}")
         images.append(read_image(path, "RGB"))
@@ -71,13 +75,6 @@ def mean_iou(predicted, target, num_classes):
     return 100 * (confusion.diag() / union)[union > 0].mean().item()
 
 
-def dice_loss(logits, target):
-    """1 - Dice of the classes that occur: small objects count as much as the background, unlike in cross-entropy."""
-    from segmentation_models_pytorch.losses import DiceLoss
-
-    return DiceLoss("multiclass", ignore_index=IGNORED)(logits, target)
-
-
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
     add_training_args(parser, epochs=20, lr=3e-3)
@@ -85,6 +82,12 @@ def get_args_parser():
 
 
 def main(args):
+    try:
+        from segmentation_models_pytorch.losses import DiceLoss
+    except ModuleNotFoundError:
+        package = "segmentation_models_pytorch"
+        raise UserError(f"examples.segmentation: needs {package}: pip install {package}") from None
+
     flags.check_device(args)
     images, masks = load_split(f"{args.data_path}/train")
     val_images, val_masks = load_split(f"{args.data_path}/val")
@@ -92,6 +95,9 @@ def main(args):
     num_classes = int(classes.max()) + 1
     encoder = build_encoder(args)
     model = UNet(encoder, num_classes).to(args.device)
+
+    # Small objects count in it as much as the background, unlike in cross-entropy
+    dice_loss = DiceLoss("multiclass", ignore_index=IGNORED)
 
     def compute_logits(imgs):
         return model(normalize(imgs.to(args.device), encoder.statistics))

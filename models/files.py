@@ -23,16 +23,13 @@ INCEPTION_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 METADATA = ("config", "args", "class_names", "task")  # what tools need of a checkpoint beside its weights
 
 
-def is_torch_file(path):
-    """Whether a path is to be read by torch.load: neither safetensors, nor a folder, nor a name of timm."""
-    return not (str(path).startswith("timm:") or str(path).endswith(".safetensors") or Path(path).is_dir())
-
-
 def read_other_file(path):
-    """The checkpoint's dict, {"model": weights, ...}, of all forms but torch.save's."""
+    """The checkpoint's dict, {"model": weights, ...}, of all forms but torch.save's; None for a file of that."""
     if str(path).startswith("timm:"):
         return {"model": download_from_timm(str(path).removeprefix("timm:"))}
-    return read_huggingface(Path(path)) if Path(path).is_dir() else read_safetensors(path)
+    if Path(path).is_dir():
+        return read_huggingface(Path(path))
+    return read_safetensors(path) if str(path).endswith(".safetensors") else None
 
 
 def read_safetensors(path):
@@ -135,7 +132,7 @@ def from_checkpoint(path, model_key="model|module"):
     weights. Raises ValueError for a file that holds no ConvNeXt V2, OSError if it cannot be read.
     """
     try:
-        checkpoint = read_torch_file(path) if is_torch_file(path) else read_other_file(path)
+        checkpoint = read_other_file(path) or read_torch_file(path)
         model, _ = convnextv2.from_checkpoint(checkpoint, model_key)
         model.pretrained_cfg = preprocessing(checkpoint, model.config["in_chans"])
     except ValueError as error:

@@ -13,31 +13,20 @@ import re
 
 import torch
 
-# This project's names and another's; # stands for a number. The first that fits counts, in either direction.
-TIMM_NAMES = (
-    ("downsample_layers.0.#.", "stem.#."),
-    ("downsample_layers.#.#.", "stages.#.downsample.#."),
-    ("stages.#.#.dwconv.", "stages.#.blocks.#.conv_dw."),
-    ("stages.#.#.norm.", "stages.#.blocks.#.norm."),
-    ("stages.#.#.pwconv1.", "stages.#.blocks.#.mlp.fc1."),
-    ("stages.#.#.pwconv2.", "stages.#.blocks.#.mlp.fc2."),
-    ("stages.#.#.grn.gamma", "stages.#.blocks.#.mlp.grn.weight"),
-    ("stages.#.#.grn.beta", "stages.#.blocks.#.mlp.grn.bias"),
-    ("norm.", "head.norm."),
-    ("head.", "head.fc."),
-)
-HF_NAMES = (
-    ("downsample_layers.0.0.", "embeddings.patch_embeddings."),
-    ("downsample_layers.0.1.", "embeddings.layernorm."),
-    ("downsample_layers.#.#.", "encoder.stages.#.downsampling_layer.#."),
-    ("stages.#.#.dwconv.", "encoder.stages.#.layers.#.dwconv."),
-    ("stages.#.#.norm.", "encoder.stages.#.layers.#.layernorm."),
-    ("stages.#.#.pwconv1.", "encoder.stages.#.layers.#.pwconv1."),
-    ("stages.#.#.pwconv2.", "encoder.stages.#.layers.#.pwconv2."),
-    ("stages.#.#.grn.gamma", "encoder.stages.#.layers.#.grn.weight"),
-    ("stages.#.#.grn.beta", "encoder.stages.#.layers.#.grn.bias"),
-    ("norm.", "layernorm."),
-    ("head.", "classifier."),
+# Names of this project, timm and transformers; # stands for a number. The first row that fits counts, whatever the way
+OURS, TIMM, HF = range(3)
+NAMES = (
+    ("downsample_layers.0.0.", "stem.0.", "embeddings.patch_embeddings."),
+    ("downsample_layers.0.1.", "stem.1.", "embeddings.layernorm."),
+    ("downsample_layers.#.#.", "stages.#.downsample.#.", "encoder.stages.#.downsampling_layer.#."),
+    ("stages.#.#.dwconv.", "stages.#.blocks.#.conv_dw.", "encoder.stages.#.layers.#.dwconv."),
+    ("stages.#.#.norm.", "stages.#.blocks.#.norm.", "encoder.stages.#.layers.#.layernorm."),
+    ("stages.#.#.pwconv1.", "stages.#.blocks.#.mlp.fc1.", "encoder.stages.#.layers.#.pwconv1."),
+    ("stages.#.#.pwconv2.", "stages.#.blocks.#.mlp.fc2.", "encoder.stages.#.layers.#.pwconv2."),
+    ("stages.#.#.grn.gamma", "stages.#.blocks.#.mlp.grn.weight", "encoder.stages.#.layers.#.grn.weight"),
+    ("stages.#.#.grn.beta", "stages.#.blocks.#.mlp.grn.bias", "encoder.stages.#.layers.#.grn.bias"),
+    ("norm.", "head.norm.", "layernorm."),
+    ("head.", "head.fc.", "classifier."),
 )
 # Options that other programs have too, or that concern pre-training alone; others are options of Block
 STANDARD_OPTIONS = set(
@@ -46,12 +35,12 @@ STANDARD_OPTIONS = set(
 )
 
 
-def rename(name, pairs):
-    """`name` with the first of pairs (from, to) that its beginning fits exchanged; unchanged if none does."""
-    for old, new in pairs:
-        match = re.match(re.escape(old).replace(r"\#", r"(\d+)"), name)
+def rename(name, before, after):
+    """`name` with its beginning from one column of NAMES exchanged for that in another; unchanged if none fits."""
+    for names in NAMES:
+        match = re.match(re.escape(names[before]).replace(r"\#", r"(\d+)"), name)
         if match:
-            return new.replace("#", "{}").format(*match.groups()) + name[match.end() :]
+            return names[after].replace("#", "{}").format(*match.groups()) + name[match.end() :]
     return name
 
 
@@ -71,7 +60,7 @@ def to_timm(state, config=None):
             value = value.flatten()
         elif convolutions and ".pwconv" in name and name.endswith(".weight"):
             value = value[:, :, None, None]
-        converted[rename(name, TIMM_NAMES)] = value
+        converted[rename(name, OURS, TIMM)] = value
     return converted
 
 
@@ -91,7 +80,7 @@ def to_hf(state, config=None):
     Raises ValueError as `to_timm` does; stems of stride 1 and 2 are known there.
     """
     check_standard(state, config or {}, "transformers' ConvNextV2", strides=(1, 2, 4))
-    converted = {rename(name, HF_NAMES): value for name, value in with_norm(state).items()}
+    converted = {rename(name, OURS, HF): value for name, value in with_norm(state).items()}
     if "head.weight" not in state:
         return converted
     return {name if name.startswith("classifier.") else f"convnextv2.{name}": v for name, v in converted.items()}
@@ -113,10 +102,10 @@ def check_standard(state, config, program, strides):
     if options := block_options(config):
         raise ValueError(f"options {options}: {program} has none")
     layers = [f"downsample_layers.{stage}.{i}" for stage in range(4) for i in range(2)]
-    for block in (f"stages.{stage}.{i}" for stage, depth in enumerate(network["depths"]) for i in range(depth)):
-        layers += [f"{block}.{layer}" for layer in ("dwconv", "norm", "pwconv1", "grn", "pwconv2")]
-    parts = {False: ("weight", "bias"), True: ("gamma", "beta")}
-    expected = {f"{layer}.{part}" for layer in layers for part in parts[layer.endswith(".grn")]}
+    blocks = [f"stages.{stage}.{i}" for stage, depth in enumerate(network["depths"]) for i in range(depth)]
+    layers += [f"{block}.{layer}" for block in blocks for layer in ("dwconv", "norm", "pwconv1", "pwconv2")]
+    expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    expected |= {f"{block}.grn.{part}" for block in blocks for part in ("gamma", "beta")}
     given = {name for name in state if not name.startswith(("norm.", "head."))}
     differences = [f"{name} is missing" for name in sorted(expected - given)]
     differences += [f"{name} has no place there" for name in sorted(given - expected)]
@@ -149,10 +138,9 @@ def remap_checkpoint_keys(state):
     state = {name.removeprefix("convnextv2."): value for name, value in state.items()}
     if "stem_0.weight" in state:  # timm's features_only
         state = {name.replace("_", ".", 1): value for name, value in state.items()}
-    names = HF_NAMES if "embeddings.patch_embeddings.weight" in state else TIMM_NAMES
-    names, remapped = [pair[::-1] for pair in names], {}
+    remapped, other = {}, HF if "embeddings.patch_embeddings.weight" in state else TIMM
     for name, value in state.items():
-        name = rename(name.replace(".ln.", ".").replace(".linear.", "."), names)
+        name = rename(name.replace(".ln.", ".").replace(".linear.", "."), other, OURS)
         if name.endswith(".kernel"):
             name = name.removesuffix("kernel") + "weight"
             side = round(len(value) ** 0.5)
@@ -195,14 +183,13 @@ def load_weights(model, state):
     """Load exactly the weights of a model. Raises ValueError, with a difference of each kind, if `state` has others."""
     expected = model.state_dict()
     state = {name: unflatten(value, expected[name]) if name in expected else value for name, value in state.items()}
-    shared = [name for name in expected if name in state]
     differences = [
         [f"{name} is missing" for name in expected if name not in state],
         [f"{name} is not of this model" for name in state if name not in expected],
         [
-            f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
-            for name in shared
-            if state[name].shape != expected[name].shape
+            f"{name} is {tuple(state[name].shape)}, not {tuple(like.shape)}"
+            for name, like in expected.items()
+            if name in state and state[name].shape != like.shape
         ],
     ]
     if any(differences):
@@ -242,7 +229,7 @@ def load_backbone(model, state):
     new = [layer for layer in ("norm", "head") if not any(name.startswith(f"{layer}.") for name in state)]
     if new:
         report.append(f"newly initialized: {' and '.join(new)}")
-    kept = {name: value for name, value in initial.items() if name.startswith(tuple(f"{layer}." for layer in new))}
+    kept = {name: value for name, value in initial.items() if name.split(".")[0] in new}
     load_weights(model, kept | state)
     return [f"loaded {len(state)} of {len(initial)} tensors", *report]
 

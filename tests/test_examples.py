@@ -5,6 +5,7 @@ And the recipes for small data.
 
 import functools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,17 @@ def test_data_that_does_not_fit_is_one_line(module, change, words, tmp_path, mon
     change(tmp_path)
     result = run_script_here(module, ["--data_path", tmp_path, "--device", "cpu"], monkeypatch, capsys)
     assert result.status == 2 and words in result.err and len(result.err.splitlines()) == 1, result.err
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [(segmentation, "segmentation_models_pytorch"), (detection, "pycocotools")]
+)
+def test_a_package_that_is_missing_is_one_line(example, module, package, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == package] + [package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    result = example(module)
+    assert result.status == 2 and f"needs {package}: pip install {package}" in result.err, result.err
+    assert len(result.err.splitlines()) == 1
 
 
 def rename_category(path):

@@ -215,7 +215,7 @@ def test_every_wrong_entry_is_refused_in_one_line_or_does_no_harm_in_the_tools(t
     for place, value in draw_cases(content, name, request):
         torch.save(replaced(content, place, value), path)
         try:
-            model, checkpoint = common.load_network(path, "model|module", needs_head=name == "finetune")
+            model, checkpoint = common.load_network(path, "model|module")
             size = common.choose_input_size(None, checkpoint, 8 * model.config["stem_stride"])
             common.build_transform(checkpoint, size, model.config["in_chans"])
             if name == "pretrain":

@@ -755,7 +755,7 @@ def test_the_statistics_are_timms_and_averages_for_other_channels():
 def test_files_and_folders_are_read_and_bad_ones_named(tmp_path):
     path = str(save(tmp_path, Image.fromarray(RGB), "a.png"))
     found = list(image_sets.read_files("--images", [path, str(tmp_path)], 3, np.asarray))
-    assert [file for file, _ in found] == [path, path] and all(np.array_equal(image, RGB) for _, image in found)
+    assert len(found) == 2 and all(np.array_equal(image, RGB) for image in found)
     (tmp_path / "b.png").write_text("not an image")
     with pytest.raises(UserError, match="^--images .*b.png: cannot be read"):
         list(image_sets.read_files("--images", [str(tmp_path)], 3, np.asarray))

@@ -677,7 +677,7 @@ def test_eval_size_and_topk(finished, small, finetune, labelled_folder, evaluati
         assert finetune(*flags, *more.split()).status == 0
     same, larger = evaluations
     assert same.loss == pytest.approx(log_lines(finished)[1]["test_loss"], rel=1e-5)
-    assert larger.topk == [1, 2] and larger.top.shape == (7, 2)
+    assert larger.topk == [1, 2] and larger.answers.shape == (7, 2)
     model = build_classifier(weights(finished, "checkpoint-1.pth"))
     imgs = []
     for path in sorted(labelled_folder.glob("val/*/*.png")):  # 0.875 of 73 x 109 pixels is cut out
@@ -705,7 +705,7 @@ def test_evaluation_is_in_the_order_of_the_set(narrow):
     assert evaluation.targets.tolist() == targets.tolist() and evaluation.accuracy(5) == 100
     with torch.no_grad():
         logits = model.eval()(normalize(imgs))
-    assert evaluation.top[:, 0].tolist() == logits.argmax(1).tolist()
+    assert evaluation.answers[:, 0].tolist() == logits.argmax(1).tolist()
     assert evaluation.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
 
 

@@ -36,7 +36,7 @@ def write_log(folder, entries):
 
 
 def draw(*folders):
-    return tools.plot.draw(*tools.plot.read_runs(folders)[:2])
+    return tools.plot.draw(tools.plot.read_runs(folders)[0])
 
 
 def curves(figure):

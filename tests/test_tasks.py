@@ -38,7 +38,7 @@ from tools import convert, predict, probe
 
 def test_metrics_agree_with_scikit_learn():
     scores, targets = torch.randn(60, 7), torch.randint(6, (60,))  # the last class has no image
-    result = ClassEvaluation(0.5, targets, scores.topk(3).indices, 7, topk=(3, 2))
+    result = ClassEvaluation(0.5, targets, scores.topk(3).indices, range(7), topk=(3, 2))
     columns, metrics = result.per_class(), result.metrics()
     assert columns["images"].tolist() == targets.bincount(minlength=7).tolist() and metrics["loss"] == 0.5
     assert list(metrics) == Classification.metric_names((3, 2))
@@ -65,7 +65,7 @@ def test_metrics_agree_with_scikit_learn():
 
 
 def test_an_evaluation_prints_accuracies_loss_and_what_was_left_out():
-    result = ClassEvaluation(0.5, torch.tensor([0, 1]), torch.tensor([[0, 1], [0, 1]]), 2, (1, 5), unreadable=["a.png"])
+    result = ClassEvaluation(0.5, torch.tensor([0, 1]), torch.tensor([[0, 1]] * 2), "ab", (1, 5), unreadable=["a.png"])
     assert str(result) == "top-1 50.00 %  top-5 100.00 %  loss 0.5000  (2 images, 1 unreadable left out)"
 
 
@@ -75,7 +75,7 @@ def test_an_evaluation_prints_accuracies_loss_and_what_was_left_out():
 def test_several_classes_an_image_are_judged_as_by_scikit_learn():
     truth, logits = torch.rand(50, 5) < 0.3, torch.randn(50, 5).mul(3).round()  # with equal scores
     truth[:, 4] = False  # a class without an image is left out of the means
-    result = MultiLabelEvaluation(0.5, truth.float(), logits)
+    result = MultiLabelEvaluation(0.5, truth.float(), logits, range(5))
     columns, metrics = result.per_class(), result.metrics()
     expected = [average_precision_score(truth[:, k], logits[:, k]) for k in range(4)]
     assert columns["average_precision"][:4].tolist() == pytest.approx(expected) and columns["images"][4] == 0
@@ -91,7 +91,7 @@ def test_several_classes_an_image_are_judged_as_by_scikit_learn():
 
 def test_an_evaluation_without_a_class_is_the_worst_there_is():
     """Not nan, which no later epoch is better than."""
-    metrics = MultiLabelEvaluation(0.5, torch.zeros(4, 2), torch.randn(4, 2)).metrics()
+    metrics = MultiLabelEvaluation(0.5, torch.zeros(4, 2), torch.randn(4, 2), "ab").metrics()
     assert metrics == {"loss": 0.5, "mAP": 0, "f1_macro": 0, "f1_micro": 0}
 
 

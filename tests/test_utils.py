@@ -286,6 +286,17 @@ def test_every_optimizer_that_is_accepted_resumes_bit_for_bit(seed_and_one_threa
     assert different == []
 
 
+@pytest.mark.parametrize("damage", [None, torch.zeros(2, 3), {"exp_avg": torch.zeros(3)}, "other", {"step": "x"}])
+def test_moments_of_another_form_are_a_value_error(damage):
+    optimizer = make_optimizer(1.0)
+    moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}
+    state = {"state": {0: moments}, "param_groups": optimizer.state_dict()["param_groups"]}
+    load_moments(optimizer, state)
+    state["state"][0] = moments | damage if isinstance(damage, dict) else damage
+    with pytest.raises(ValueError):
+        load_moments(optimizer, state)
+
+
 def test_optimizer_flags_reach_the_optimizer():
     model = small_classifier()
     adamw = create_optimizer(optimizer_args("adamw", "--opt_betas 0.7 0.9"), model).param_groups

@@ -6,9 +6,10 @@ python -m tools.collapse --checkpoint output/digits/checkpoint-7.pth --data_set 
 """
 
 import os
-import statistics
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import flags
@@ -59,14 +60,11 @@ def measure(model, images):
     sums = dict.fromkeys(grns, 0)
     device = next(model.parameters()).device
 
-    def observe(block):
-        def hook(grn, inputs, output):  # (N, H, W, 4C)
-            measurements = [cosine_distance(inputs[0]), cosine_distance(output), dead_channels(inputs[0])]
-            sums[block] = sums[block] + torch.stack(measurements).sum(1)
+    def observe(block, grn, inputs, output):  # (N, H, W, 4C)
+        measurements = [cosine_distance(inputs[0]), cosine_distance(output), dead_channels(inputs[0])]
+        sums[block] = sums[block] + torch.stack(measurements).sum(1)
 
-        return hook
-
-    handles = [grn.register_forward_hook(observe(block)) for block, grn in grns.items()]
+    handles = [grn.register_forward_hook(partial(observe, block)) for block, grn in grns.items()]
     for first in range(0, len(images), BATCH):
         model.forward_features(torch.stack(images[first : first + BATCH]).to(device))
     for handle in handles:
@@ -90,13 +88,6 @@ def get_args_parser():
     return parser
 
 
-def load_network_and_transform(path, args):
-    model, checkpoint = common.load_network(path, args.model_key)
-    stride = 8 * model.config["stem_stride"]
-    size = common.choose_input_size(args.input_size, checkpoint, stride, multiple_of=stride)
-    return model, common.build_transform(checkpoint, size, model.config["in_chans"])
-
-
 def read_images(args, in_chans, transform):
     """The images of --images or --data_set as a list of tensors (in_chans, H, W). Raises UserError."""
     if args.data_set == "DIGITS":
@@ -108,7 +99,7 @@ def read_images(args, in_chans, transform):
                 found.append(transform(image))
         return found
     chosen = spread(find_files("--images", args.images), args.num_images)
-    return [image for _, image in read_files("--images", chosen, in_chans, transform)]
+    return list(read_files("--images", chosen, in_chans, transform))
 
 
 def print_tables(curves):
@@ -120,13 +111,12 @@ def print_tables(curves):
         width = max(24, *map(len, names)) + 3
         print(f"\n{'':18}" + "".join(f"{name:>{width}}" for name in names))
         print(f"{'block':<12}{'layer':>6}" + f"{'before':>{width - 16}}{'after':>8}{'dead %':>8}" * len(names))
-        table = [[layer[2:] for layer in curves[name]] for name in names]
-        means = [[statistics.fmean(values) for values in zip(*column, strict=True)] for column in table]
-        indices = [f"{layer.index:.2f}" for layer in curves[names[0]]]
-        rows = [*zip(*table, strict=True), means]
-        for block, index, row in zip([*blocks, "mean"], [*indices, ""], rows, strict=True):
-            cells = (f"{before:>{width - 16}.3f}{after:>8.3f}{100 * dead:>8.1f}" for before, after, dead in row)
-            print(f"{block:<12}{index:>6}{''.join(cells)}")
+        rows = [[curves[name][i] for name in names] for i in range(len(blocks))]
+        means = [Layer("mean", None, *np.mean([layer[2:] for layer in curves[name]], axis=0)) for name in names]
+        for row in [*rows, means]:
+            cells = (f"{before:>{width - 16}.3f}{after:>8.3f}{100 * dead:>8.1f}" for *_, before, after, dead in row)
+            index = "" if row is means else f"{row[0].index:.2f}"
+            print(f"{row[0].block:<12}{index:>6}{''.join(cells)}")
 
 
 def draw(curves):
@@ -148,10 +138,13 @@ def main(args):
     if args.output:
         check_figure(args.output)
         common.check_output(args.output, args.images or [])
-    paths = list(dict.fromkeys(map(os.path.abspath, args.checkpoint)))
-    networks = [load_network_and_transform(path, args) for path in paths]
+    paths, networks, curves = list(dict.fromkeys(map(os.path.abspath, args.checkpoint))), [], {}
+    for path in paths:  # all, before any is measured
+        model, checkpoint = common.load_network(path, args.model_key)
+        stride = 8 * model.config["stem_stride"]
+        size = common.choose_input_size(args.input_size, checkpoint, stride, multiple_of=stride)
+        networks.append((model, common.build_transform(checkpoint, size, model.config["in_chans"])))
 
-    curves = {}
     for name, (model, transform) in zip(shorten_paths(paths), networks, strict=True):
         images = read_images(args, model.config["in_chans"], transform)
         height, width = images[0].shape[1:]

@@ -9,7 +9,7 @@ import utils
 from checkpoints import load_checkpoint, training_flags, write_whole
 from datasets import build_eval_transform
 from images import find_statistics, normalize
-from models import convnextv2, weights
+from models import convnextv2
 from utils import UserError
 
 
@@ -23,12 +23,10 @@ def add_input_size_arg(add):
     add("--input_size", action=flags.ImageSize, help=size)
 
 
-def load_network(path, model_key, needs_head=False):
+def load_network(path, model_key):
     """The dense network of a checkpoint of any known form, in evaluation mode, and the checkpoint. Raises UserError."""
     checkpoint = load_checkpoint(path)
     with utils.name_in_errors(f"--checkpoint {path}"):
-        if needs_head and "head.weight" not in weights.find_weights(checkpoint, model_key):
-            raise ValueError("no head.weight: accepted is a classifier with its head")
         model, _ = convnextv2.from_checkpoint(checkpoint, model_key)
     return model.eval(), checkpoint
 
@@ -36,7 +34,6 @@ def load_network(path, model_key, needs_head=False):
 class Seen(NamedTuple):
     """How a checkpoint's training saw images."""
 
-    input_size: tuple | None  # (height, width)
     crop_pct: float | None  # see `datasets.build_eval_transform`
     statistics: tuple  # see `images.normalize`
     pixel_range: tuple | None  # see `images.decode`
@@ -47,7 +44,7 @@ def find_seen(checkpoint, in_chans):
     given = training_flags(checkpoint)
     with utils.name_in_errors("--checkpoint"):
         statistics = find_statistics(given, in_chans)
-    return Seen(given.get("input_size"), given.get("crop_pct"), statistics, given.get("pixel_range"))
+    return Seen(given.get("crop_pct"), statistics, given.get("pixel_range"))
 
 
 def choose_input_size(input_size, checkpoint, total_stride, multiple_of=1):

@@ -18,6 +18,7 @@ has a place for it: hf, safetensors, onnx.
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,15 +41,11 @@ def get_args_parser():
     return parser
 
 
-def write_torch(convert):
-    """A writer, see WRITERS, of torch.save of convert(state, config)."""
-
-    def write(output, state, checkpoint):
-        converted = convert(state, checkpoint.get("config"))
-        save_together({output: converted})
-        return converted.get("model", converted)
-
-    return write
+def write_torch(convert, output, state, checkpoint):
+    """torch.save of convert(state, config)."""
+    converted = convert(state, checkpoint.get("config"))
+    save_together({output: converted})
+    return converted.get("model", converted)
 
 
 def write_safetensors(output, state, checkpoint):
@@ -62,8 +59,6 @@ PROBLEM_TYPES = {"multi-label classification": "multi_label_classification", "re
 
 def write_huggingface(output, state, checkpoint):
     """A folder of config.json, preprocessor_config.json and model.safetensors."""
-    from safetensors.torch import save
-
     converted, network = weights.to_hf(state, checkpoint.get("config")), weights.network_config(state)
     seen = files.preprocessing(checkpoint, network["in_chans"])
     height, width = seen["input_size"][1:]
@@ -85,20 +80,7 @@ def write_huggingface(output, state, checkpoint):
     Path(output).mkdir(exist_ok=True)
     for name, content in (("config", config), ("preprocessor_config", preprocessor)):
         write_text(Path(output) / f"{name}.json", json.dumps(content, indent=2) + "\n")
-    tensors = {name: value.contiguous() for name, value in converted.items()}
-    write_whole(Path(output) / "model.safetensors", lambda file: file.write(save(tensors, {"format": "pt"})))
-    return converted
-
-
-class Features(torch.nn.Module):
-    """A network that answers with its four scales."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, imgs):
-        return tuple(self.model.feature_maps(imgs))
+    return write_safetensors(Path(output) / "model.safetensors", converted, {})
 
 
 def write_onnx(output, state, checkpoint):
@@ -109,8 +91,15 @@ def write_onnx(output, state, checkpoint):
     model, _ = convnextv2.from_checkpoint({"model": state, "config": checkpoint.get("config")})
     has_head, stride = "head.weight" in state, 8 * model.config["stem_stride"]
     names = ["logits"] if has_head else [f"scale{i}" for i in range(1, 5)]
+    if not has_head:
+        model.forward = model.feature_maps
     imgs = torch.zeros(2, model.config["in_chans"], 3 * stride, 2 * stride)  # sides that differ, and are not free of 1
-    exported = export_onnx((model if has_head else Features(model)).eval(), imgs, names)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    options = dict(output_names=names, dynamic_shapes=({0: "batch", 2: "height", 3: "width"},), dynamo=True)
+    try:
+        exported = torch.onnx.export(model.eval(), (imgs,), input_names=["imgs"], verbose=False, **options).model_proto
+    except ImportError as error:
+        raise UserError(f"--to onnx: {error}: pip install onnx onnxscript") from None
     seen = files.preprocessing(checkpoint, model.config["in_chans"])
     for name, value in (seen | {name: checkpoint.get(name) for name in ("class_names", "task")}).items():
         exported.metadata_props.add(key=name, value=json.dumps(value))
@@ -118,23 +107,11 @@ def write_onnx(output, state, checkpoint):
     return state
 
 
-def export_onnx(model, imgs, names):
-    """The ONNX protobuf of model(imgs) with outputs of these names. Raises UserError where a package is missing."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    sizes = ({0: "batch", 2: "height", 3: "width"},)
-    try:
-        return torch.onnx.export(
-            model, (imgs,), input_names=["imgs"], output_names=names, dynamic_shapes=sizes, dynamo=True, verbose=False
-        ).model_proto
-    except ImportError as error:
-        raise UserError(f"--to onnx: {error}: pip install onnx onnxscript") from None
-
-
 WRITERS = {  # by --to: write(output, dense state, checkpoint) returns the tensors written
-    "original": write_torch(lambda state, config: {"model": state}),
-    "timm": write_torch(weights.to_timm),
-    "timm_features": write_torch(weights.to_timm_features),
-    "smp": write_torch(lambda state, config: weights.to_timm_features(state, config, prefix="model.")),
+    "original": partial(write_torch, lambda state, config: {"model": state}),
+    "timm": partial(write_torch, weights.to_timm),
+    "timm_features": partial(write_torch, weights.to_timm_features),
+    "smp": partial(write_torch, partial(weights.to_timm_features, prefix="model.")),
     "hf": write_huggingface,
     "safetensors": write_safetensors,
     "onnx": write_onnx,

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 from tools.common import write_output
@@ -17,12 +18,10 @@ def check_figure(output):
         raise UserError(f"--output {output}: must end in one of {', '.join(ENDINGS)}")
     if os.path.isdir(output):
         raise UserError(f"--output {output}: Is a directory")
+    if not find_spec("matplotlib"):
+        raise UserError(f"--output {output}: needs matplotlib: pip install matplotlib")
     try:
-        import matplotlib  # noqa: F401
-
         tempfile.TemporaryFile(dir=Path(output).parent).close()
-    except ModuleNotFoundError:
-        raise UserError(f"--output {output}: needs matplotlib: pip install matplotlib") from None
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}") from None
 
@@ -42,10 +41,7 @@ def make_figure(panels):
     rows = 1 if panels < 4 else 2
     columns = -(-panels // rows)
     figure = Figure((3 + 4 * columns, 1 + 3.2 * rows), dpi=120, layout="constrained")  # inches
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axis in axes[panels:]:
-        axis.remove()
-    axes = axes[:panels]
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
     for axis in axes:
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)

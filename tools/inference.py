@@ -9,7 +9,6 @@ import torch
 import datasets
 import flags
 import utils
-from evaluation import compute_rows
 from image_sets import find_files
 from images import normalize, open_image, try_open
 from loaders import build_loader
@@ -18,13 +17,14 @@ from tools.common import Seen, add_input_size_arg, add_model_key_arg, choose_inp
 from utils import UserError
 
 
-def add_inference_args(parser):
+def add_inference_args(parser, workers=True):
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FILE", help="in any known form")
     add_model_key_arg(add)
     add_input_size_arg(add)
     add("--batch_size", default=64, type=flags.at_least(1), help="images of a forward pass")
-    add("--num_workers", default=10, type=flags.at_least(0), help="loader processes, at most one per core; 0: none")
+    if workers:  # else they are among the flags of the loader
+        add("--num_workers", default=10, type=flags.at_least(0), help="loader processes, at most one per core; 0: none")
     flags.add_machine_args(parser, training=False)
 
 
@@ -79,23 +79,22 @@ class Inference(NamedTuple):
     def compute(self, function, dataset, indices):
         """Yield (indices (n,), rows (n, D), [(index, error)]) of batches: function(normalized imgs) -> rows.
 
-        rows are on the CPU, and None if no image of the batch can be read.
+        rows are on the CPU, and empty if no image of the batch can be read.
         """
         sampler = torch.utils.data.BatchSampler(indices, self.args.batch_size, False)
         for batch in build_loader(dataset, sampler, self.args.replace(pin_mem=True), self.device):
-            rows = None
+            rows = ()
             if len(batch.imgs):
-                rows = compute_rows(
-                    lambda imgs, _: function(normalize(imgs, self.seen.statistics)), batch, self.device,
-                    lambda: utils.autocast(self.args, self.device),
-                )  # fmt: skip
+                imgs = batch.imgs.to(self.device, non_blocking=True)
+                with torch.no_grad(), utils.autocast(self.args, self.device):
+                    rows = function(normalize(imgs, self.seen.statistics)).cpu()
             yield batch.indices, rows, batch.unreadable
 
 
-def load_inference(args, needs_head=False):
+def load_inference(args):
     """The `Inference` of --checkpoint, in this process and its device. Raises UserError."""
     flags.check_device(args)
-    model, checkpoint = load_network(args.checkpoint, args.model_key, needs_head)
+    model, checkpoint = load_network(args.checkpoint, args.model_key)
     size = choose_input_size(args.input_size, checkpoint, 8 * model.config["stem_stride"])
     device = utils.init_distributed_mode(args)
     seen = find_seen(checkpoint, model.config["in_chans"])

@@ -7,16 +7,14 @@ OUTPUT.partial/
     rows.npy       all rows in the order of the images, while the output is written
 """
 
+import contextlib
 import io
 import json
-import pickle
 import shutil
-import struct
 import uuid
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import utils
 from checkpoints import lock_folder, write_text
@@ -46,15 +44,11 @@ class Journal:
             raise UserError(f"--output {self.output}: {getattr(error, 'strerror', None) or error}") from None
 
     def blocks(self):
-        """All whole blocks of (indices, rows or None, [(index, error)])."""
+        """All whole blocks of indices (n,), rows (n, D), empty if no image could be read, and [(index, error)]."""
         for path in sorted(self.folder.glob("rows-*")):
-            with open(path, "rb") as file:
-                while len(header := file.read(8)) == 8:
-                    content = file.read(*struct.unpack("<q", header))
-                    try:
-                        yield torch.load(io.BytesIO(content), weights_only=True)
-                    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-                        break  # cut short
+            with open(path, "rb") as file, contextlib.suppress(EOFError, ValueError):  # at its end, or cut short
+                while True:
+                    yield np.load(file), np.load(file), json.loads(np.load(file).item())
 
     def done(self):
         """The indices whose rows are kept. What could not be read is tried again."""
@@ -62,10 +56,11 @@ class Journal:
 
     def append(self, indices, rows, errors):
         content = io.BytesIO()
-        torch.save((indices.long(), rows, [tuple(error) for error in errors]), content)
+        for part in (indices, rows, json.dumps(errors)):
+            np.save(content, np.asarray(part))
         try:
             self.file = self.file or open(self.folder / f"rows-{uuid.uuid4().hex}", "ab", buffering=0)
-            self.file.write(struct.pack("<q", content.tell()) + content.getvalue())
+            self.file.write(content.getvalue())
         except OSError as error:
             raise UserError(f"--output {self.output}: {error.strerror}; the same command resumes") from None
 
@@ -81,14 +76,12 @@ class Journal:
             raise TrainingError(f"{missing} of {count} images are not done: a process ended; the same command resumes")
         if not done:
             raise UserError(f"none of the {count} images can be read: {errors[0]}")
-        merged = None
+        width = next(rows.shape[1] for _, rows, _ in self.blocks() if len(rows))
+        merged = np.lib.format.open_memmap(self.folder / "rows.npy", "w+", np.float32, (count, width))
+        merged[:] = np.nan
         for indices, rows, _ in self.blocks():
-            if rows is not None and merged is None:
-                shape = (count, rows.shape[1])
-                merged = np.lib.format.open_memmap(self.folder / "rows.npy", "w+", np.float32, shape)
-                merged[:] = np.nan
-            if rows is not None:
-                merged[indices.numpy()] = rows.numpy()
+            if len(rows):
+                merged[indices] = rows
         merged.flush()
         return merged, errors
 

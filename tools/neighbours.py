@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import flags
 from evaluation import pool_features
+from image_sets import spread
 from tools.common import check_output
 from tools.inference import add_inference_args, load_inference
 from tools.sheet import check_picture, read_pixels, save_sheet
@@ -36,36 +37,22 @@ def get_args_parser():
 
 def compute_features(inference, dataset, scale):
     """Unit features (n, C) of the images that can be read, and their indices (n,). Raises UserError for none."""
-    indices, features, errors = [], [], []
-    for batch, rows, unreadable in inference.compute(
+    parts = []
+    for indices, rows, errors in inference.compute(
         lambda imgs: pool_features(inference.model.feature_maps(imgs)[scale - 1]), dataset, range(len(dataset))
     ):
-        errors += unreadable
-        if rows is not None:
-            indices.append(batch)
-            features.append(F.normalize(rows, dim=1))
-    for index, error in errors:
-        log(f"unreadable, left out: {dataset.images.name(index)}: {error}")
-    if not features:
+        for index, error in errors:
+            log(f"unreadable, left out: {dataset.images.name(index)}: {error}")
+        if len(rows):
+            parts.append((F.normalize(rows, dim=1), indices))
+    if not parts:
         raise UserError(f"none of the {len(dataset)} images can be read")
-    return torch.cat(features), torch.cat(indices)
+    return map(torch.cat, zip(*parts, strict=True))
 
 
-def draw_row(query, gallery, cosines, own_class):
-    """A query's row of a sheet. query: (dataset, index); gallery: (dataset, indices of the nearest)."""
-    (dataset, index), (images, nearest) = query, gallery
-    folder, cells = Path(dataset.images.name(index)).parent, []
-    cells.append((read_pixels(dataset, index), f"query\n{label(dataset, index)}", "black"))
-    for number, cosine in zip(nearest.tolist(), cosines.tolist(), strict=True):
-        same = Path(images.images.name(number)).parent.name == folder.name
-        color = ("green" if same else "red") if own_class else None
-        cells.append((read_pixels(images, number), f"{cosine:.3f}\n{label(images, number)}", color))
-    return cells
-
-
-def label(dataset, index):
+def draw_cell(dataset, index, caption, color):
     path = Path(dataset.images.name(index))
-    return f"{path.parent.name}/{path.stem}"
+    return read_pixels(dataset, index), f"{caption}\n{path.parent.name}/{path.stem}", color
 
 
 def main(args):
@@ -78,18 +65,21 @@ def main(args):
         queries = inference.build_dataset("--queries", args.queries)
         query_features, query_indices = compute_features(inference, queries, args.scale)
     else:
-        count = min(args.num_queries, len(features))
-        chosen = torch.arange(count) * len(features) // count
+        chosen = spread(range(len(features)), args.num_queries)
         queries, query_features, query_indices = gallery, features[chosen], indices[chosen]
 
-    names = {Path(gallery.images.name(index)).parent for index in indices.tolist()}
+    paths = [Path(gallery.images.name(index)) for index in indices.tolist()]
+    are_classes = len({path.parent for path in paths}) > 1  # the folders
     rows = []
     for feature, index in zip(query_features, query_indices.tolist(), strict=True):
-        cosines = features @ feature
-        own = [i for i, j in enumerate(indices.tolist()) if gallery.images.name(j) == queries.images.name(index)]
-        cosines[own] = -torch.inf  # not its own neighbour
-        top = cosines.topk(min(NEAREST, len(cosines) - len(own)))
-        rows.append(draw_row((queries, index), (gallery, indices[top.indices]), top.values, len(names) > 1))
+        query, cosines = Path(queries.images.name(index)), features @ feature
+        others = torch.tensor([path != query for path in paths])  # it is not its own neighbour
+        top = cosines.where(others, -torch.inf).topk(min(NEAREST, int(others.sum())))
+        row = [draw_cell(queries, index, "query", "black")]
+        for cosine, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            color = "green" if paths[i].parent.name == query.parent.name else "red"
+            row.append(draw_cell(gallery, indices[i].item(), f"{cosine:.3f}", color if are_classes else None))
+        rows.append(row)
     save_sheet("--output", args.output, rows)
     log(f"{len(rows)} queries among {len(features)} images: {args.output}")
 

@@ -4,6 +4,7 @@ python -m tools.plot output/tiny                                    # writes out
 python -m tools.plot output/tiny output/base --output curves.png    # beside each other
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -49,14 +50,11 @@ def get_args_parser():
 
 def parse_line(line):
     """(epochs done, {key: value}) of a line of log.txt; None for any other line."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
         entry = json.loads(line, parse_int=float)
-    except (ValueError, RecursionError):
-        return None
-    epoch = entry.get("epoch") if isinstance(entry, dict) else None
-    if not isinstance(epoch, float) or not epoch.is_integer():
-        return None
-    return epoch + 1, {key: entry[key] for key in KEYS if isinstance(entry.get(key), float)}
+        if entry["epoch"].is_integer():
+            return entry["epoch"] + 1, {key: entry[key] for key in KEYS if isinstance(entry.get(key), float)}
+    return None
 
 
 def read_log(path):
@@ -88,40 +86,30 @@ def read_loss(folder):
 
 
 def read_runs(paths):
-    """{unique name: entries, see `read_log`} of folders or log files, each once, {name: loss}, the first one's folder.
-
-    Values of different losses do not compare, so each has an axis of its own.
-    """
+    """{unique name: (its loss, its entries)} of folders or log files, each once, and the first one's folder."""
     logs = [Path(os.path.abspath(os.path.join(path, "log.txt") if os.path.isdir(path) else path)) for path in paths]
     logs = list(dict.fromkeys(logs))
     names = shorten_paths([log.parent if log.name == "log.txt" else log for log in logs])
-    losses = [read_loss(log.parent) for log in logs]
-    return dict(zip(names, map(read_log, logs), strict=True)), dict(zip(names, losses, strict=True)), logs[0].parent
+    return {name: (read_loss(log.parent), read_log(log)) for name, log in zip(names, logs, strict=True)}, logs[0].parent
 
 
-def find_curves(runs, panel):
-    """[(name of the run, kind, {epochs done: value})] of each run and key of the panel with a finite value."""
-    curves = []
-    for name, (key, kind) in itertools.product(runs, panel.items()):
-        points = {done: entry[key] for done, entry in runs[name].items() if math.isfinite(entry.get(key, math.nan))}
-        curves += [(name, kind, points)] if points else []
-    return curves
+def find_panels(runs):
+    """{label: [(name of the run, kind, {epochs done: value})]} of each run and key with a finite value.
 
-
-def find_panels(runs, losses):
-    """{label: curves} of the panels that have data."""
+    Values of different losses do not compare, so each has a panel of its own.
+    """
     panels = {}
-    for label, panel in PANELS.items():
-        for loss in sorted(set(losses.values())) if label == "loss" else [None]:
-            of_loss = {name: runs[name] for name in runs if loss in (None, losses[name])}
-            if curves := find_curves(of_loss, panel):
-                panels[loss or label] = curves
+    for label, keys in PANELS.items():
+        for (name, (loss, epochs)), (key, kind) in itertools.product(runs.items(), keys.items()):
+            points = {done: entry[key] for done, entry in epochs.items() if math.isfinite(entry.get(key, math.nan))}
+            if points:
+                panels.setdefault(loss if label == "loss" else label, []).append((name, kind, points))
     return panels
 
 
-def draw(runs, losses):
+def draw(runs):
     """A matplotlib figure of the panels that have data. Raises UserError if no run has a finite value."""
-    panels = find_panels(runs, losses)
+    panels = find_panels(runs)
     if not panels:
         raise UserError(f"nothing to draw: no finite value of {', '.join(KEYS)}")
     figure, axes = make_figure(len(panels))
@@ -133,7 +121,7 @@ def draw(runs, losses):
             style = dict(linestyle=line) | (dict(marker=marker) if len(points) == 1 else {})
             axis.plot(*zip(*points.items(), strict=True), color=colors[name], **style)
             styles[kind] = styles.get(kind, {}) | style
-        axis.set(xlabel="epochs done", ylabel=label, xlim=(0, 1.02 * max(map(max, runs.values()))))
+        axis.set(xlabel="epochs done", ylabel=label, xlim=(0, 1.02 * max(max(epochs) for _, epochs in runs.values())))
         axis.xaxis.get_major_locator().set_params(integer=True, steps=[1, 2, 5, 10])
         axis.ticklabel_format(axis="y", scilimits=(-2, 5))
     add_legends(figure, colors, styles)
@@ -151,11 +139,11 @@ def format_last_values(name, epochs):
 
 
 def main(args):
-    runs, losses, folder = read_runs(args.runs)
+    runs, folder = read_runs(args.runs)
     output = args.output or folder / "curves.png"
     check_figure(output)
-    save_figure(draw(runs, losses), output)
-    for name, epochs in runs.items():
+    save_figure(draw(runs), output)
+    for name, (_, epochs) in runs.items():
         print(format_last_values(name, epochs))
     print(output)
 

@@ -15,8 +15,8 @@ line, with its error. A run that was stopped resumes by the same command, on any
 """
 
 import hashlib
-import itertools
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import flags
@@ -25,6 +25,7 @@ import utils
 from checkpoints import write_csv
 from evaluation import pool_features
 from image_sets import spread
+from models.weights import find_weights
 from sources import in_one_line
 from tools.common import check_output, write_output
 from tools.inference import add_inference_args, load_inference
@@ -54,8 +55,8 @@ def check_args(args):
     ending = Path(args.output or "stdout.csv").suffix.lower()
     if ending not in ENDINGS:
         raise UserError(f"--output {args.output}: must end in one of {', '.join(ENDINGS)}")
-    if ending == ".parquet":
-        import_pyarrow(args.output)
+    if ending == ".parquet" and not find_spec("pyarrow"):
+        raise UserError(f"--output {args.output}: needs pyarrow: pip install pyarrow, or write .npy")
     for flag, path in (("--output", args.output), ("--sheet", args.sheet)):
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{flag} {path}: no such folder {Path(path).parent}")
@@ -68,14 +69,6 @@ def check_args(args):
         if ending != ".csv":
             raise UserError(f"--sheet {args.sheet}: shows predicted classes: give a .csv as --output")
     return ending
-
-
-def import_pyarrow(output):
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise UserError(f"--output {output}: needs pyarrow: pip install pyarrow, or write .npy") from None
-    return pyarrow
 
 
 def build_function(args, model, task):
@@ -97,6 +90,8 @@ def find_task(inference):
     """The task of the checkpoint; classes have numbers if it has no names. Raises UserError for what does not fit."""
     count = inference.model.head.out_features
     with utils.name_in_errors(f"--checkpoint {inference.args.checkpoint}"):
+        if "head.weight" not in find_weights(inference.checkpoint, inference.args.model_key):
+            raise ValueError("no head.weight: accepted is a classifier with its head")
         task = tasks.restore_task(inference.checkpoint)
         task = task or tasks.Classification("ce", [f"class {number}" for number in range(count)])
         if len(task.names) != count or not all(isinstance(name, str) for name in task.names):
@@ -109,7 +104,7 @@ def print_predictions(inference, dataset, function, task):
     unreadable = []
     for indices, rows, errors in inference.compute(function, dataset, range(len(dataset))):
         lines = {index: f"cannot be read: {error}" for index, error in errors}
-        for index, row in zip(indices.tolist(), [] if rows is None else rows, strict=True):
+        for index, row in zip(indices.tolist(), rows, strict=True):
             lines[index] = task.describe_row(row, inference.args.topk)
         for index in sorted(lines):
             print(f"{in_one_line(dataset.images.name(index))}: {lines[index]}", flush=True)
@@ -127,23 +122,24 @@ def describe_run(args, dataset):
     return key | {"--checkpoint": [os.path.abspath(args.checkpoint), stat and [stat.st_mtime_ns, stat.st_size]]}
 
 
-def write_predictions(args, images, rows, errors, task):
-    def lines():
-        yield "file", "error", *task.titles(args.topk)
-        for index in range(len(images)):
-            if index in errors:
-                yield images.name(index), errors[index]
-            else:
-                yield images.name(index), "", *task.cells(rows[index], args.topk)
+def write_list(output, images, errors, cells=lambda index: {}):
+    """A line an image: file, error, and the texts of cells(index) by their titles if it could be read."""
+    first = next(index for index in range(len(images)) if index not in errors)
 
-    write_output(args.output, lambda file: write_csv(file, lines()))
+    def lines():
+        yield "file", "error", *cells(first)
+        for index in range(len(images)):
+            values = () if index in errors else cells(index).values()
+            yield images.name(index), errors.get(index, ""), *values
+
+    write_output(output, lambda file: write_csv(file, lines()))
 
 
 def write_parquet(output, images, rows, errors):
-    pyarrow = import_pyarrow(output)
-    schema = pyarrow.schema(
-        [("file", pyarrow.string()), ("error", pyarrow.string()), ("features", pyarrow.list_(pyarrow.float32()))]
-    )
+    import pyarrow.parquet
+
+    text, features = pyarrow.string(), pyarrow.list_(pyarrow.float32())
+    schema = pyarrow.schema([("file", text), ("error", text), ("features", features)])
 
     def write(file):
         with pyarrow.parquet.ParquetWriter(file, schema) as writer:
@@ -157,28 +153,28 @@ def write_parquet(output, images, rows, errors):
     write_output(output, write)
 
 
-def write_table(args, journal, images, ending, task):
-    """--output from a complete journal, which is then removed; the rows and errors."""
+def write_output_files(args, journal, dataset, ending, task):
+    """--output and --sheet from a complete journal, which is then removed."""
+    images = dataset.images
     rows, errors = journal.merge(len(images))
     if ending == ".csv":
-        write_predictions(args, images, rows, errors, task)
+        write_list(args.output, images, errors, lambda index: task.cells(rows[index], args.topk))
     elif ending == ".parquet":
         write_parquet(args.output, images, rows, errors)
     else:
-        lines = ((images.name(index), errors.get(index, "")) for index in range(len(images)))
-        names = Path(args.output).with_suffix(".names.csv")
-        write_output(names, lambda file: write_csv(file, itertools.chain([("file", "error")], lines)))
+        write_list(Path(args.output).with_suffix(".names.csv"), images, errors)
         os.replace(journal.folder / "rows.npy", args.output)
     journal.remove()
     unreadable = f", {len(errors)} unreadable, such as {images.name(min(errors))}" if errors else ""
     log(f"{utils.format_count(len(images), 'image')}{unreadable}: {args.output}")
-    return rows, errors
+    if args.sheet:
+        draw_predictions(args, dataset, rows, errors, task)
 
 
 def draw_predictions(args, dataset, rows, errors, task):
     cells = []
     for index in spread(range(len(dataset)), 64):
-        caption = "unreadable" if index in errors else "\n".join(task.cells(rows[index], 1))
+        caption = "unreadable" if index in errors else "\n".join(task.cells(rows[index], 1).values())
         cells.append((read_pixels(dataset, index), caption, None))
     save_sheet("--sheet", args.sheet, [cells[i : i + 8] for i in range(0, len(cells), 8)])
     log(f"{len(cells)} of them: {args.sheet}")
@@ -186,9 +182,8 @@ def draw_predictions(args, dataset, rows, errors, task):
 
 def main(args):
     ending = check_args(args)
-    predicts = ending == ".csv"
-    inference = load_inference(args, needs_head=predicts)
-    task = find_task(inference) if predicts else None
+    inference = load_inference(args)
+    task = find_task(inference) if ending == ".csv" else None
     dataset = inference.build_dataset("IMAGE", args.images)
     function = build_function(args, inference.model, task)
     if not args.output:
@@ -205,13 +200,7 @@ def main(args):
     for block in inference.compute(function, dataset, left[utils.get_rank() :: utils.get_world_size()]):
         journal.append(*block)
     utils.barrier()
-
-    def finish():
-        rows, errors = write_table(args, journal, dataset.images, ending, task)
-        if args.sheet:
-            draw_predictions(args, dataset, rows, errors, task)
-
-    utils.on_main_rank(finish)
+    utils.on_main_rank(lambda: write_output_files(args, journal, dataset, ending, task))
 
 
 if __name__ == "__main__":

@@ -12,21 +12,16 @@ import flags
 import utils
 from evaluation import probe
 from loaders import add_loader_args, build_eval_loader
-from tools.common import add_input_size_arg, add_model_key_arg
-from tools.inference import load_inference
+from tools.inference import add_inference_args, load_inference
 
 
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="in any known form")
     add("--data_path", required=True, metavar="FOLDER", help="train/ and val/ of class folders, or DIGITS")
     add("--images_per_class", default=0, type=flags.at_least(0), help="fit on the first images of each class; 0: all")
-    add_input_size_arg(add)
-    add_model_key_arg(add)
-    add("--batch_size", default=64, type=flags.at_least(1), help="images of a forward pass")
     add_loader_args(parser)
-    flags.add_machine_args(parser, training=False)
+    add_inference_args(parser, workers=False)
     return parser
 
 

@@ -49,7 +49,7 @@ def main(args):
     read = partial(decode, in_chans=model.in_chans, pixel_range=seen.pixel_range)
     resize = [partial(check_resized, shorter=max(size)), v2.Resize(max(size), InterpolationMode.BICUBIC)]
     fit = v2.Compose([read, *resize, v2.CenterCrop(size), v2.PILToTensor()])
-    imgs = torch.stack([image for _, image in read_files("--images", args.images, model.in_chans, fit)])
+    imgs = torch.stack(list(read_files("--images", args.images, model.in_chans, fit)))
     torch.manual_seed(args.seed)
     with utils.name_in_errors("--mask_ratio"):
         picture = draw_reconstructions(model, imgs, mask_ratio=ratio, statistics=seen.statistics)

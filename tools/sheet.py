@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from evaluation import to_picture
 from tools.common import write_output
 from utils import UserError
 
@@ -30,7 +31,10 @@ def draw_sheet(rows, side=104, border=6, line=13):
     for i, row in enumerate(rows):
         for j, (pixels, caption, color) in enumerate(row):
             left, top = j * width + border, i * height + border
-            picture = to_picture(pixels, side)
+            picture = to_picture(pixels)
+            scale = side / max(picture.size)  # small ones are enlarged without blur
+            size = [max(1, round(scale * length)) for length in picture.size]
+            picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
             if color:
                 box = (left - 3, top - 3, left + picture.width + 2, top + picture.height + 2)
                 draw.rectangle(box, outline=color, width=3)
@@ -38,15 +42,6 @@ def draw_sheet(rows, side=104, border=6, line=13):
             caption = "\n".join(part[: side // 6] for part in caption.split("\n"))
             draw.multiline_text((left, top + side + 3), caption, fill="black", spacing=2)
     return sheet
-
-
-def to_picture(pixels, side):
-    """uint8 (C, H, W) as a Pillow RGB image whose longer side is `side`; small ones are enlarged without blur."""
-    pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
-    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-    scale = side / max(picture.size)
-    size = [max(1, round(scale * length)) for length in picture.size]
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def save_sheet(flag, output, rows):
