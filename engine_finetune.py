@@ -75,16 +75,13 @@ def build_mixup(args, num_classes):
     return mixup
 
 
-def train_one_epoch(
-    model, criterion, loader, optimizer, scaler, schedule, run, args, erasing_fn=None, mixup_fn=None
-):  # fmt: skip
+def train_one_epoch(model, criterion, loader, run, erasing_fn=None, mixup_fn=None):
     """Train from step `run.step` to the end of epoch `run.epoch`; `loader` yields the rest of that epoch.
 
     criterion(outputs (N, K), targets): see `tasks.Task.build_loss`.
     erasing_fn: normalized images -> the same with rectangles erased. mixup_fn: (images, targets) -> both mixed.
     """
-
-    statistics = statistics_of(args)
+    statistics = statistics_of(run.args)
 
     def compute_loss(batch):
         imgs, targets = augment(batch.imgs, batch.rounds, batch.numbers), batch.targets
@@ -95,7 +92,7 @@ def train_one_epoch(
             imgs, targets = mixup_fn(imgs, targets)
         return criterion(model(imgs).float(), targets)  # autocast on the CPU leaves a loss in low precision
 
-    optimize(compute_loss, model, loader, optimizer, scaler, schedule, run, args)
+    optimize(compute_loss, model, loader, run)
 
 
 def evaluate(model, loader, task, args, give_up=lambda: False):
@@ -107,7 +104,6 @@ def evaluate(model, loader, task, args, give_up=lambda: False):
     """
     device = next(model.parameters()).device  # EMA weights may be on the CPU
     window = [side // (8 * args.stem_stride) for side in args.input_size] if args.eval_size else None
-
     statistics = statistics_of(args)
 
     def measure(imgs, targets):

@@ -2,15 +2,11 @@
 
 A hook reads the `Run` and does not change the training. A number of a step goes to `run.observe(name=value)`, one of an
 epoch into `run.metrics`: both then reach the console, log.txt and TensorBoard. To add a hook, write a class and put it
-into the list in `build_hooks` of `main_pretrain.py` or `main_finetune.py`, anywhere:
-
-    class GradientNorm(hooks.Hook):
-        def on_gradients(self, run):
-            gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-            run.observe(grad_norm=torch.nn.utils.get_total_norm(gradients))
+into the list in `build_hooks` of `main_pretrain.py` or `main_finetune.py`, anywhere; README.md has an example.
 """
 
 import argparse
+import datetime
 import json
 import math
 import re
@@ -22,6 +18,7 @@ import torch
 import checkpoints
 import utils
 from datasets import Batch
+from evaluation import draw_confusion, draw_reconstructions, probe
 from flags import at_least
 from image_sets import spread
 from images import statistics_of
@@ -50,6 +47,18 @@ def check_log_args(args):
         raise UserError("--profile_steps {}:{}: give an --output_dir too".format(*args.profile_steps))
 
 
+def build_loggers(args, training=True):
+    """The hooks of both scripts that log; training: also those that an evaluation has no use for."""
+    loggers = [UnreadableImages(), Console()]
+    if args.output_dir and training:
+        loggers.append(LogFile(args.output_dir))
+    if args.log_dir or args.output_dir:
+        loggers.append(TensorBoard(args.log_dir or args.output_dir))
+    if args.profile_steps and training:
+        loggers.append(Profiler(args.profile_steps, args.output_dir))
+    return loggers
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -61,34 +70,31 @@ class UpdateEMA(Hook):
 
 
 class UnreadableImages(Hook):
-    """Name each image that could not be read, once, and stop the run at more than max_bad_images, on all ranks."""
-
-    def __init__(self, max_bad_images):
-        self.max_bad_images = max_bad_images
+    """Name each image that could not be read, once, and stop the run at more than --max_bad_images, on all ranks."""
 
     def on_start(self, run):
         self.reported = len(run.unreadable_images)
 
     def on_log(self, run):
-        names = list(run.unreadable_images)
+        names, most = list(run.unreadable_images), run.args.max_bad_images
         for number, name in enumerate(names[self.reported :], start=self.reported + 1):
-            log(f"unreadable image {number} (of --max_bad_images {self.max_bad_images}), left out: {name}")
+            log(f"unreadable image {number} (of --max_bad_images {most}), left out: {name}")
         self.reported = len(names)
-        if self.reported > self.max_bad_images:
-            raise UserError(f"{self.reported} images could not be read, --max_bad_images is {self.max_bad_images}")
+        if self.reported > most:
+            raise UserError(f"{self.reported} images could not be read, --max_bad_images is {most}")
 
     on_evaluate = on_log
 
 
 class Probe(Hook):
-    """Every `every` epochs of pre-training, and after the first and the last, probe the encoder's features.
+    """Every --probe_freq epochs of pre-training, and after the first and the last, probe the encoder's features.
 
     And before the first step, for comparison: an untrained encoder's features are not useless.
     loaders: of labeled images to fit on and to judge by, see `evaluation.probe`.
     """
 
-    def __init__(self, loaders, every):
-        self.loaders, self.every = loaders, every
+    def __init__(self, loaders):
+        self.loaders = loaders
 
     def on_start(self, run):
         fit, test = (len(loader.dataset.dataset.images) for loader in self.loaders)
@@ -100,17 +106,13 @@ class Probe(Hook):
             log("untrained encoder: " + "  ".join(f"{name} {value:.4g}" for name, value in result[0].items()))
 
     def on_evaluate(self, run):
-        if not run.is_due(self.every):
+        if not run.is_due(run.args.probe_freq):
             return
-        result = self.measure(run)
-        run.given_up = result is None
-        if result is not None:
+        if result := self.measure(run):  # else a signal interrupted it
             run.metrics |= result[0]
             run.add_unreadable(result[2])
 
     def measure(self, run):
-        from evaluation import probe
-
         run.model.eval()
         result = probe(
             run.model.encode_all, self.loaders, run.device, lambda: utils.autocast(run.args, run.device),
@@ -142,7 +144,7 @@ class Console(Hook):
             f"epoch {run.epoch:>{len(str(epochs))}}/{epochs}  step {run.step:>{len(str(steps))}}/{steps}"
             f"  loss {lap['loss']:.4f} (epoch {run.epoch_means.values()['loss']:.4f}){others}  lr {run.lr:.2e}"
             f"  {rate:.{0 if rate >= 10 else 2}f} img/s  data {lap['data_seconds']:.3f} s/batch"
-            f"  eta {format_seconds(left)}"
+            f"  eta {datetime.timedelta(seconds=round(left))}"
         )
         if run.device.type == "cuda":
             line += f"  memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
@@ -160,14 +162,8 @@ class Console(Hook):
 
     def on_end(self, run):
         early = "" if run.epoch == run.args.epochs else f", stopped early: no better {run.watched[0]}"
-        trained = f"trained {run.epochs_done - self.start:.4g} epochs"
-        log(f"{trained} in {format_seconds(time.perf_counter() - self.started)}{early}")
-
-
-def format_seconds(seconds):
-    """h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        seconds = round(time.perf_counter() - self.started)
+        log(f"trained {run.epochs_done - self.start:.4g} epochs in {datetime.timedelta(seconds=seconds)}{early}")
 
 
 class LogFile(Hook):
@@ -229,14 +225,14 @@ class TensorBoard(Hook):
         for name, value in run.metrics.items():
             kind, _, rest = name.partition("_")
             tag = f"{kind}/{rest}" if kind in ("test", "probe") else f"epoch/{name}"
-            self.unwritten.append(("add_scalar", tag, value, 1000 * run.epochs_trained))
+            self.unwritten.append(("add_scalar", tag, value, int(1000 * run.epochs_done)))
         self.write()
 
     def add_picture(self, run, title, picture):
         """Show a Pillow RGB image."""
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(picture.height, picture.width, 3)
-        self.unwritten.append(("add_image", title, pixels, 1000 * run.epochs_trained, None, "HWC"))
+        self.unwritten.append(("add_image", title, pixels, int(1000 * run.epochs_done), None, "HWC"))
         self.write()
 
     def write(self):
@@ -259,32 +255,30 @@ class TensorBoard(Hook):
         self.writer.close()
 
 
-def save_picture(run, path, picture):
-    """Write a Pillow RGB image whole, and show it in TensorBoard, if that is on."""
-    checkpoints.write_whole(path, lambda file: picture.save(file, "PNG"))
-    run.add_picture(run, re.sub(r"-\d+$", "", Path(path).stem), picture)
+def save_picture(run, stem, picture):
+    """Write a Pillow RGB image whole, as STEM.png in the output folder, and show it in TensorBoard, if that is on."""
+    checkpoints.write_whole(Path(run.args.output_dir) / f"{stem}.png", lambda file: picture.save(file, "PNG"))
+    run.add_picture(run, re.sub(r"-\d+$", "", stem), picture)
 
 
 # ---------------------------------------------------------------- pictures, tables, profiles
 
 
 class Reconstructions(Hook):
-    """Every `every` epochs, and after the first and the last, a picture of the same images' reconstructions."""
+    """Every --picture_freq epochs, and after the first and the last, a picture of the same images' reconstructions."""
 
     main_only = True
 
-    def __init__(self, dataset, output_dir, every):
-        self.dataset, self.output_dir, self.every = dataset, output_dir, every
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def on_epoch_end(self, run):
-        from evaluation import draw_reconstructions
-
-        if not run.is_due(self.every):
+        if not run.is_due(run.args.picture_freq):
             return
         batch = Batch.collate([self.dataset[0, index, 0] for index in spread(range(len(run.images)), 8)])
         imgs, noise = batch.imgs.to(run.device), batch.noise.to(run.device)
         picture = draw_reconstructions(run.model, imgs, noise, statistics=statistics_of(run.args))
-        save_picture(run, Path(self.output_dir) / f"reconstruction-{run.epoch:04}.png", picture)
+        save_picture(run, f"reconstruction-{run.epoch:04}", picture)
 
 
 class ClassReport(Hook):
@@ -293,37 +287,28 @@ class ClassReport(Hook):
     main_only = True
     MAX_CLASSES = 2000  # of a confusion matrix, whose size is the square
 
-    def __init__(self, output_dir):
-        self.folder = Path(output_dir)
-
     def on_epoch_end(self, run):
         if not run.evaluating and not run.is_last_epoch():
             return
         for suffix, evaluation in run.evaluations.items():
-            self.write_per_class(f"per_{evaluation.unit}{suffix}.csv", evaluation, run.class_names)
+            columns = evaluation.per_class()
+            rounded = [c.round(decimals=4) if c.is_floating_point() else c for c in columns.values()]
+            rows = zip(*(column.tolist() for column in rounded), strict=True)
+            self.write_table(run, f"per_{evaluation.unit}{suffix}", [evaluation.unit, *columns], rows)
             if evaluation.confusion is None:
                 continue
             if len(run.class_names) > self.MAX_CLASSES:
                 log(f"no confusion matrix: {len(run.class_names)} classes are more than {self.MAX_CLASSES}")
             else:
-                self.write_confusion(f"confusion{suffix}", evaluation, run)
+                matrix, titles = evaluation.confusion(), ["true class \\ predicted", *run.class_names]
+                self.write_table(run, f"confusion{suffix}", titles, matrix.tolist())
+                save_picture(run, f"confusion{suffix}", draw_confusion(matrix, run.class_names))
 
-    def write_per_class(self, name, evaluation, class_names):
-        columns = evaluation.per_class()
-        rounded = [c.round(decimals=4) if c.is_floating_point() else c for c in columns.values()]
-        rows = zip(class_names, *(column.tolist() for column in rounded), strict=True)
-        self.write_csv(name, (evaluation.unit, *columns), rows)
-
-    def write_confusion(self, stem, evaluation, run):
-        from evaluation import draw_confusion
-
-        matrix = evaluation.confusion()
-        rows = [(name, *counts) for name, counts in zip(run.class_names, matrix.tolist(), strict=True)]
-        self.write_csv(f"{stem}.csv", ("true class \\ predicted", *run.class_names), rows)
-        save_picture(run, self.folder / f"{stem}.png", draw_confusion(matrix, run.class_names))
-
-    def write_csv(self, name, titles, rows):
-        checkpoints.write_whole(self.folder / name, lambda file: checkpoints.write_csv(file, [titles, *rows]))
+    def write_table(self, run, stem, titles, rows):
+        """STEM.csv in the output folder, a row for each class."""
+        rows = [(name, *numbers) for name, numbers in zip(run.class_names, rows, strict=True)]
+        path = Path(run.args.output_dir) / f"{stem}.csv"
+        checkpoints.write_whole(path, lambda file: checkpoints.write_csv(file, [titles, *rows]))
 
 
 class Profiler(Hook):
@@ -334,33 +319,27 @@ class Profiler(Hook):
     def __init__(self, steps, folder):
         self.first, self.end = steps
         self.path = Path(folder) / f"profile-{self.first}-{self.end}.pt.trace.json.gz"
-        self.done, self.profile = 0, None
+        self.done = 0
 
     def on_start(self, run):
-        self.on_gpu = run.device.type == "cuda"
-        self.start_or_stop()
+        self.timer = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
+        warmup = min(self.first, 1)
+        schedule = torch.profiler.schedule(
+            wait=self.first - warmup, warmup=warmup, active=self.end - self.first, repeat=1
+        )
+        self.profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self.write, record_shapes=True)
+        self.profile.start()
 
     def on_step(self, run):
         self.done += 1
-        self.start_or_stop()
+        self.profile.step()
 
-    def start_or_stop(self):
-        if self.done == self.first:
-            self.profile = torch.profiler.profile(record_shapes=True)
-            self.profile.start()
-        elif self.done == self.end:
-            self.write()
-
-    def write(self):
-        profile, self.profile = self.profile, None
-        profile.stop()
+    def write(self, profile):
         profile.export_chrome_trace(str(self.path))
-        log(f"steps {self.first} to {min(self.done, self.end) - 1}, traced in {self.path}: time by operation")
-        timer = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
-        log(profile.key_averages().table(sort_by=timer, row_limit=10, max_name_column_width=40))
+        log(f"steps {self.first} to {self.done - 1}, traced in {self.path}: time by operation")
+        log(profile.key_averages().table(sort_by=self.timer, row_limit=10, max_name_column_width=40))
 
     def on_end(self, run):
-        if self.profile is not None:
-            self.write()
-        elif self.done < self.first:
+        self.profile.stop()
+        if self.done < self.first:
             log(f"--profile_steps {self.first}:{self.end}: nothing traced, there were {self.done} steps")

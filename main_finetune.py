@@ -24,12 +24,14 @@ import loaders
 import optim_factory
 import tasks
 from engine_finetune import evaluate, train_one_epoch
+from engine_pretrain import prepare_training, train
 from flags import Switch, at_least, fraction, fraction_below_1
 from images import find_statistics, statistics_of
 from models import convnextv2
+from models.cost import describe
 from models.weights import check_same_blocks, find_weights, load_backbone, network_config, split_decoder
-from resume import resume_run, saving_hooks
-from run import Run, add_watch_args, check_watch_args, log_configuration, train
+from resume import find_checkpoint, resume_run, saving_hooks
+from run import Run, add_watch_args, check_watch_args, log_configuration
 from utils import UserError, log
 
 
@@ -96,11 +98,6 @@ def check_task_args(args, possible):
     raise problem
 
 
-def watched_metric(args, task):
-    """The metric that decides the best checkpoint, or None."""
-    return args.watch or (None if args.disable_eval else f"test_{task.best}")
-
-
 def build_model(args, num_classes):
     return convnextv2.__dict__[args.model](
         num_classes=num_classes,
@@ -109,13 +106,6 @@ def build_model(args, num_classes):
         stem_stride=args.stem_stride,
         **flags.network_args(args),
     )
-
-
-def describe_model(args, task):
-    from models.cost import describe
-
-    cost = describe(lambda: build_model(args, len(task.names)), args.in_chans, args.input_size, args.grad_checkpointing)
-    return f"{task}: {cost}"
 
 
 def build_ema(args, model):
@@ -154,20 +144,12 @@ def check_size(state, model):
 
 
 def build_hooks(args):
-    observers = [hooks.UnreadableImages(args.max_bad_images), hooks.Console()]
-    if args.log_dir or args.output_dir:
-        observers.append(hooks.TensorBoard(args.log_dir or args.output_dir))
+    observers = hooks.build_loggers(args, training=not args.eval)
     if args.output_dir:
-        observers.append(hooks.ClassReport(args.output_dir))
-    if args.eval:
-        return hooks.Hooks(observers)
-    if args.output_dir:
-        observers.append(hooks.LogFile(args.output_dir))
-    if args.profile_steps:
-        observers.append(hooks.Profiler(args.profile_steps, args.output_dir))
-    if args.model_ema:
+        observers.append(hooks.ClassReport())
+    if args.model_ema and not args.eval:
         observers.append(hooks.UpdateEMA())
-    return hooks.Hooks(observers + saving_hooks(args))
+    return hooks.Hooks(observers + ([] if args.eval else saving_hooks(args)))
 
 
 def evaluate_models(run, loader, args):
@@ -179,10 +161,7 @@ def evaluate_models(run, loader, args):
 
 def find_checkpoint_to_evaluate(args):
     """The checkpoint --resume, else the newest in --output_dir, its path, the network in it, and its task or None."""
-    if args.resume:
-        checkpoint, path = checkpoints.load_checkpoint(args.resume), args.resume
-    else:
-        checkpoint, path = checkpoints.newest_checkpoint(args.output_dir)
+    checkpoint, path = find_checkpoint(args.replace(output_dir="") if args.resume else args)
     if checkpoint is None:
         raise UserError("--eval true: give --resume FILE, or an --output_dir with checkpoints")
     key = "model_ema" if args.model_ema_eval else args.model_key
@@ -215,13 +194,11 @@ def adopt_statistics(args, checkpoint, path):
         return args
     trained = find_statistics(training, args.in_chans)
     ours, theirs = (" ".join(["--mean", *map(str, mean), "--std", *map(str, std)]) for mean, std in (given, trained))
-    if args.given & set(STATISTICS):
-        if given != trained:
-            log(f"NOTE: {ours} differs from the training of {path}: {theirs}")
-        return args
+    has_own = args.given & set(STATISTICS)
     if given != trained:
-        log(f"{theirs}, as in the training of {path}")
-    return args.replace(**{name: training[name] for name in STATISTICS if name in training})
+        note = f"NOTE: {ours} differs from the training of {path}: {theirs}"
+        log(note if has_own else f"{theirs}, as in the training of {path}")
+    return args if has_own else args.replace(**{name: training[name] for name in STATISTICS if name in training})
 
 
 def adopt_training_flags(args, checkpoint, path, model):
@@ -258,7 +235,7 @@ def evaluate_only(args, device):
 
     # model
     model = utils.to_device(model, device, args.triton)
-    run = Run(args, model, device, images=dataset.images, task=task)
+    run = Run(args, model, device, images=dataset.images, task=task, hooks=build_hooks(args))
     if "format" in checkpoint:
         run.epoch = checkpoint["epoch"]
     size = " x ".join(map(str, args.eval_size or args.input_size))
@@ -266,12 +243,11 @@ def evaluate_only(args, device):
     log(f"{args.model}: {facts}")
 
     # evaluation
-    observers = build_hooks(args)
-    observers("on_start", run)
+    run.hooks("on_start", run)
     loader = loaders.build_eval_loader(dataset, args, device, args.dist_eval)
     run.add_evaluations({"_ema" if args.model_ema_eval else "": evaluate(model, loader, task, args)})
-    observers("on_evaluate", run)
-    observers("on_epoch_end", run)
+    run.hooks("on_evaluate", run)
+    run.hooks("on_epoch_end", run)
 
 
 def main(args):
@@ -296,32 +272,30 @@ def main(args):
 
     # model and optimizer
     torch.manual_seed(args.seed)
-    model_without_ddp = utils.to_device(build_model(args, len(task.names)), device, args.triton)
+    build = partial(build_model, args, len(task.names))
+    model_without_ddp = utils.to_device(build(), device, args.triton)
     if args.finetune:
         utils.on_all_ranks(lambda: load_finetune(args, start, model_without_ddp, task))
         start = None  # which may be large
     model_ema = build_ema(args, model_without_ddp)
     criterion = task.build_loss(args.smoothing, dataset.targets if args.class_weights else None, device)
-    schedule = optim_factory.Schedule(args, sampler.steps_per_epoch)
     optimizer = optim_factory.create_layer_decay_optimizer(args, model_without_ddp)
-    scaler = utils.create_scaler(args, device)
+    watch = args.watch or (None if args.disable_eval else f"test_{task.best}")
     run = Run(
-        args, model_without_ddp, device, optimizer, scaler, sampler, dataset.images, model_ema, task,
-        watch=watched_metric(args, task), watch_ema=args.model_ema_eval,
+        args, model_without_ddp, device, optimizer, sampler, dataset.images, model_ema, task, watch,
+        watch_ema=args.model_ema_eval, hooks=build_hooks(args),
     )  # fmt: skip
     resume_run(run)
-    model = utils.prepare_training(model_without_ddp, args)
-    log_configuration(run, schedule, describe_model(args, task), loader)
+    model = prepare_training(model_without_ddp, args)
+    cost = describe(build, args.in_chans, args.input_size, args.grad_checkpointing)
+    log_configuration(run, f"{task}: {cost}", loader.num_workers)
 
     # training
-    train_epoch = partial(
-        train_one_epoch, model, criterion, loader, optimizer, scaler, schedule, run, args, erasing_fn, mixup_fn
-    )
-    evaluate_epoch = None
-    if eval_dataset is not None:
-        eval_loader = loaders.build_eval_loader(eval_dataset, args, device, args.dist_eval)
-        evaluate_epoch = partial(evaluate_models, run, eval_loader, args)
-    train(run, build_hooks(args), train_epoch, evaluate_epoch)
+    train_epoch = partial(train_one_epoch, model, criterion, loader, run, erasing_fn, mixup_fn)
+    if eval_dataset is None:
+        return train(run, train_epoch)
+    eval_loader = loaders.build_eval_loader(eval_dataset, args, device, args.dist_eval)
+    train(run, train_epoch, partial(evaluate_models, run, eval_loader, args))
 
 
 if __name__ == "__main__":

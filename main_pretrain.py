@@ -20,12 +20,13 @@ import evaluation
 import hooks
 import loaders
 import optim_factory
-from engine_pretrain import train_one_epoch
+from engine_pretrain import prepare_training, train, train_one_epoch
 from flags import Switch, at_least
 from models import fcmae
 from models.convnextv2 import SIZES
+from models.cost import describe
 from resume import resume_run, saving_hooks
-from run import Run, add_watch_args, check_watch_args, log_configuration, train
+from run import Run, add_watch_args, check_watch_args, log_configuration
 from utils import UserError
 
 
@@ -97,8 +98,6 @@ def build_model(args, sparse_backend):
 
 
 def describe_model(args):
-    from models.cost import describe
-
     cost = describe(
         lambda: build_model(args, "packed"),  # MinkowskiEngine's encoder does the same work
         args.in_chans, args.input_size, args.grad_checkpointing, masked_only=True,
@@ -107,21 +106,14 @@ def describe_model(args):
 
 
 def build_hooks(args, dataset, device):
-    observers = [hooks.UnreadableImages(args.max_bad_images), hooks.Console()]
-    if args.output_dir:
-        observers.append(hooks.LogFile(args.output_dir))
-    if args.log_dir or args.output_dir:
-        observers.append(hooks.TensorBoard(args.log_dir or args.output_dir))
+    observers = hooks.build_loggers(args)
     if args.output_dir and args.picture_freq:
-        observers.append(hooks.Reconstructions(dataset, args.output_dir, args.picture_freq))
-    if args.profile_steps:
-        observers.append(hooks.Profiler(args.profile_steps, args.output_dir))
+        observers.append(hooks.Reconstructions(dataset))
     if args.probe_freq:
         sets = datasets.build_probe_sets(
             args, args.probe_data_path or "DIGITS", args.probe_images_per_class, flag="--probe_data_path"
         )
-        probe_loaders = [loaders.build_eval_loader(labelled, args, device) for labelled in sets]
-        observers.append(hooks.Probe(probe_loaders, args.probe_freq))
+        observers.append(hooks.Probe([loaders.build_eval_loader(labelled, args, device) for labelled in sets]))
     return hooks.Hooks(observers + saving_hooks(args))
 
 
@@ -138,19 +130,16 @@ def main(args):
     # model and optimizer
     torch.manual_seed(args.seed)
     model = utils.to_device(build_model(args, args.sparse_backend), device, args.triton)
-    schedule = optim_factory.Schedule(args, sampler.steps_per_epoch)
-    optimizer = torch.optim.AdamW(
-        optim_factory.get_parameter_groups(model, args.weight_decay), lr=schedule.peak_lr, betas=(0.9, 0.95), fused=True
-    )
-    scaler = utils.create_scaler(args, device)
-    run = Run(args, model, device, optimizer, scaler, sampler, dataset.images, watch=args.watch)
+    groups = optim_factory.get_parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=optim_factory.peak_lr(args), betas=(0.9, 0.95), fused=True)
+    observers = build_hooks(args, dataset, device)
+    run = Run(args, model, device, optimizer, sampler, dataset.images, watch=args.watch, hooks=observers)
     resume_run(run)
-    model = utils.prepare_training(model, args)
-    log_configuration(run, schedule, describe_model(args), loader)
+    model = prepare_training(model, args)
+    log_configuration(run, describe_model(args), loader.num_workers)
 
     # training
-    train_epoch = partial(train_one_epoch, model, loader, optimizer, scaler, schedule, run, args)
-    train(run, build_hooks(args, dataset, device), train_epoch)
+    train(run, partial(train_one_epoch, model, loader, run))
 
 
 if __name__ == "__main__":

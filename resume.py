@@ -27,6 +27,7 @@ class Checkpointer(Hook):
     weights, with encoder-best.pth or encoder-best-ema.pth, the weights of the encoder alone.
     """
 
+    LATER = ". Earlier ones are kept, training continues, the next save tries again."
     last_written = None  # epoch and step of the last checkpoint, on the main rank
 
     def on_step(self, run):
@@ -36,7 +37,7 @@ class Checkpointer(Hook):
 
     def on_epoch_end(self, run):
         best = [name.endswith("_ema") for name in run.watched if run.is_best(name)]
-        if best and not self.try_on_main_rank(run, lambda: checkpoints.save_best(run, best)):
+        if best and not utils.on_main_rank(lambda: self.attempt(run, lambda: checkpoints.save_best(run, best))):
             run.best = run.best_before  # what is on disk
         if (run.epoch + 1) % run.args.save_ckpt_freq == 0 or run.is_last_epoch():
             self.save(run, is_last=run.is_last_epoch())
@@ -50,34 +51,24 @@ class Checkpointer(Hook):
 
         Without the other ranks, which may have failed: the mean loss lacks what they have not shared.
         """
-        run.drop_unfinished_step()
         if not utils.is_main_process():
             return False
         run.read_losses(alone=True)
-        self.check_weights(run)
-        return self.attempt(lambda: self.write(run, run.step))
+        return self.attempt(run, lambda: self.write(run, run.step), note="")
 
     def save(self, run, step=None, is_last=False):
-        """Write a checkpoint, if it is not there yet. On all ranks, at the same step.
-
-        Raises TrainingError if the weights are not finite, or if it cannot be written and the run ends here (is_last).
-        """
+        """Write a checkpoint, if it is not there yet. On all ranks, at the same step. Raises as `attempt` does."""
         run.read_losses()
-        self.try_on_main_rank(run, lambda: self.write(run, step), is_last)
+        utils.on_main_rank(lambda: self.attempt(run, lambda: self.write(run, step), is_last))
 
-    def check_weights(self, run):
+    def attempt(self, run, write, is_last=False, note=LATER):
+        """Call write(), on the main rank; whether that succeeded. If not, log why, with a note.
+
+        Raises TrainingError if the weights are not finite, or if write() fails and the run ends here (is_last).
+        """
         if not torch.nn.utils.get_total_norm(run.model.parameters()).isfinite():
             place = f"after step {run.step} of epoch {run.epoch}"
             raise TrainingError(f"weights are not finite {place}: {run.describe_stop()}")
-
-    def try_on_main_rank(self, run, write, is_last=False):
-        """Call write() on the main rank; whether that succeeded. Raises as `save` does."""
-        self.check_weights(run)
-        note = ". Earlier ones are kept, training continues, the next save tries again."
-        return utils.on_main_rank(lambda: self.attempt(write, note, is_last))
-
-    def attempt(self, write, note="", is_last=False):
-        """Call write(); whether that succeeded. If not, log why, with a note; raise TrainingError for the last one."""
         try:
             write()
             return True
@@ -123,11 +114,12 @@ class StopOnSignal(Hook):
         if self.received == signum == signal.SIGINT:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise KeyboardInterrupt
-        first, self.received = not self.received, self.received or signum
-        if first:
-            signal.signal(signal.SIGALRM, lambda *_: self.stop_waiting(self.GRACE))
-            signal.setitimer(signal.ITIMER_REAL, self.GRACE, self.GRACE / 10)
-        if first and not dist.is_initialized():
+        if self.received:
+            return
+        self.received = signum
+        signal.signal(signal.SIGALRM, lambda *_: self.stop_waiting(self.GRACE))
+        signal.setitimer(signal.ITIMER_REAL, self.GRACE, self.GRACE / 10)
+        if not dist.is_initialized():
             self.stop_waiting(0)
 
     def stop_waiting(self, seconds):
@@ -145,20 +137,17 @@ class StopOnSignal(Hook):
             self.stop_if_requested(run, step=run.step)
 
     def on_evaluate(self, run):
-        """An evaluation that gave up leaves nothing: it starts anew when the run resumes."""
-        if run.given_up:
-            self.stop_if_requested(run, step=run.step)
+        """An evaluation that was interrupted leaves nothing: it starts anew when the run resumes."""
+        self.stop_if_requested(run, step=run.step)
 
     def on_epoch_end(self, run):
         self.stop_if_requested(run)
 
     def stop_if_requested(self, run, step=None):
-        received = self.agree()
-        if not received:
-            return
-        if self.checkpointer is not None:
-            self.checkpointer.save(run, step=step, is_last=True)
-        self.stop(received, saved=self.checkpointer is not None)
+        if received := self.agree():
+            if self.checkpointer is not None:
+                self.checkpointer.save(run, step=step, is_last=True)
+            self.stop(received, saved=self.checkpointer is not None)
 
     def stop(self, received, saved, alone=False):
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -175,7 +164,9 @@ class StopOnSignal(Hook):
         dist.all_reduce(facts, dist.ReduceOp.MAX)
         received, seconds = facts.tolist()
         self.agreed = now
-        self.left = self.every = max(1, min(2 * self.every, int(self.every * self.PATIENCE / seconds)))
+        if steps := self.every - self.left:  # since then
+            self.every = max(1, min(2 * self.every, int(steps * self.PATIENCE / seconds)))
+        self.left = self.every
         return int(received)
 
     def on_end(self, run):
@@ -265,12 +256,12 @@ def check_resumable(run, checkpoint, path):
     check_same_task(checkpoint, run, path)
     if checkpoint["step"] > run.steps_per_epoch:
         raise UserError(f"{path}: cannot resume: step is {checkpoint['step']} of {run.steps_per_epoch} an epoch")
-    saved, current = {"sample_order": 1} | checkpoint, run.state_dict()  # older ones have no number of their order
-    for name in ("effective_batch_size", "num_images", "sample_order") if checkpoint["step"] else ():
-        if saved[name] != current[name]:
+    saved = {"sample_order": 1} | checkpoint  # older ones have no number of their order
+    for name, value in run.facts.items() if checkpoint["step"] else ():
+        if saved[name] != value:
             raise UserError(
                 f"{path}: cannot resume within an epoch: saved with {name.replace('_', ' ')} {saved[name]}, "
-                f"not {current[name]}; use the same, or a checkpoint of an epoch's end"
+                f"not {value}; use the same, or a checkpoint of an epoch's end"
             )
 
 
@@ -296,10 +287,10 @@ def compare_classes(saved, current):
 
 def report_changes(run, checkpoint, path):
     """Log every flag that changed since a checkpoint, but for those that have no effect on the numbers."""
-    facts = ("num_images", "effective_batch_size")
-    saved = checkpoint["args"] | {name: checkpoint[name] for name in facts}
-    current = vars(run.args) | {name: run.state_dict()[name] for name in facts}
+    saved = checkpoint["args"] | {name: checkpoint.get(name) for name in run.facts}
+    current = vars(run.args) | run.facts
     for name in sorted(current.keys() - FLAGS_WITHOUT_EFFECT):
-        before, now = saved.get(name), current[name]
-        if (list(before) if isinstance(before, tuple) else before) != (list(now) if isinstance(now, tuple) else now):
+        values = saved.get(name), current[name]
+        before, now = (list(value) if isinstance(value, tuple) else value for value in values)
+        if before != now:
             log(f"changed since {path}: {name} {before} -> {now}")

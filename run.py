@@ -1,19 +1,17 @@
-"""Where a run stands: its position, means and best values; the hooks that observe it; the epoch loop."""
+"""Where a run stands: its position, means and best values; the hooks that observe it."""
 
 import contextlib
-import functools
 import math
 import os
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import utils
 from flags import at_least
-from optim_factory import effective_batch_size, load_moments
-from utils import TrainingError, UserError, log
+from optim_factory import Schedule, effective_batch_size, load_moments
+from utils import OneLineError, TrainingError, UserError, log
 
 
 def add_watch_args(parser, default):
@@ -59,58 +57,43 @@ class Run:
     model: without DDP and compilation. sampler: of the training set, None for an evaluation. images: the image set.
     model_ema: timm's ModelEmaV3 or None. task: a `tasks.Task`, None in pre-training. watch: the metric of the best
     checkpoint or None. watch_ema: whether the same metric of the EMA weights has a best checkpoint of its own.
+    hooks: a `Hooks`, None for none.
     """
 
     def __init__(
-        self, args, model, device, optimizer=None, scaler=None, sampler=None, images=(),
-        model_ema=None, task=None, watch=None, watch_ema=False,
+        self, args, model, device, optimizer=None, sampler=None, images=(),
+        model_ema=None, task=None, watch=None, watch_ema=False, hooks=None,
     ):  # fmt: skip
         self.args, self.device = args, device
-        self.model, self.model_ema, self.optimizer, self.scaler = model, model_ema, optimizer, scaler
+        self.model, self.model_ema, self.optimizer = model, model_ema, optimizer
+        # keeps float16 gradients in range; disabled for other dtypes
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.use_amp and args.amp_dtype == "float16")
         self.sampler, self.images, self.task = sampler, images, task
-        self.steps_per_epoch = sampler.steps_per_epoch if sampler else 0
+        self.class_names = task and task.names  # of the outputs, in the order of the head; None in pre-training
+        self.evaluating = sampler is None  # and nothing else
+        self.steps_per_epoch = 0 if self.evaluating else sampler.steps_per_epoch
+        self.schedule = None if self.evaluating else Schedule(args, self.steps_per_epoch)
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.epoch = args.start_epoch
-        self.step = 0  # optimizer steps done in this epoch
         self.lr = 0.0
-        self.metrics = {}  # numbers of this epoch, by their names in log.txt
         self.evaluations = {}  # the last `Evaluation`s: "" of the model, "_ema" of the EMA weights
-        self.unfinished_batches = 0  # of the step under way, those whose losses are known
-        self.given_up = False  # whether an evaluation or probe was interrupted by a signal
         self.stop_requested = lambda: False  # whether a signal came: then evaluations give up
         self.watched = [f"{watch}{suffix}" for suffix in (["", "_ema"] if watch_ema else [""])] if watch else []
         self.best = {}  # by watched metric: value, its epoch, measurements since
         self.unreadable_images = {}  # names that any rank met, in order
-        self.hooks = lambda event, run: None
+        self.hooks = hooks or Hooks([])
         self.add_picture = lambda run, title, picture: None  # where pictures are shown
         self.between_steps = True  # whether weights and optimizer are those after `step` steps
-        self.hook_states = {}  # of the checkpoint, for hooks that keep a state
-        self.epoch_means = Means()
-        self.epoch_images, self.epoch_seconds = 0, 0.0  # trained in this epoch, up to the last log line
-        self.unread_losses, self.unread_names = [], []  # of this rank, since they were last read
+        self.step_losses = []  # of this rank, of the batches of the step under way
+        self.unread_losses, self.unread_names = [], []  # of this rank's finished steps, since they were last read
+        self.start_epoch(args.start_epoch)
         self.start_lap()
-
-    @property
-    def class_names(self):
-        """Of the outputs, in the order of the head; None in pre-training."""
-        return self.task and self.task.names
 
     # ---- position
 
     @property
     def epochs_done(self):
-        """With a fraction."""
+        """That the weights have seen, with a fraction."""
         return self.epoch + self.step / max(self.steps_per_epoch, 1)
-
-    @property
-    def evaluating(self):
-        """Whether this run evaluates and nothing else."""
-        return self.sampler is None
-
-    @property
-    def epochs_trained(self):
-        """The epochs that the weights have seen at the end of an epoch, before `start_next_epoch`."""
-        return self.epoch + (not self.evaluating)
 
     def is_finished(self, epoch):
         """Whether `epoch` is not trained: the last one is done, or --watch has not improved for --early_stop."""
@@ -125,9 +108,10 @@ class Run:
         done = self.epoch + 1
         return every > 0 and (done % every == 0 or done == 1 or self.is_last_epoch())
 
-    def start_next_epoch(self):
-        self.epoch, self.step, self.metrics = self.epoch + 1, 0, {}
-        self.epoch_means, self.epoch_images, self.epoch_seconds = Means(), 0, 0.0
+    def start_epoch(self, epoch):
+        self.epoch, self.step = epoch, 0  # optimizer steps done in this epoch
+        self.metrics = {}  # numbers of this epoch, by their names in log.txt
+        self.epoch_means, self.epoch_images, self.epoch_seconds = Means(), 0, 0.0  # up to the last log line
 
     # ---- within an epoch
 
@@ -136,27 +120,23 @@ class Run:
 
     def start_lap(self):
         """Start what one log line covers."""
-        self.lap_start, self.lap_batches, self.data_seconds, self.lap_means = time.perf_counter(), 0, 0.0, Means()
+        self.lap_start, self.lap_batches, self.lap_means = time.perf_counter(), 0, Means()
 
     def add_batch(self, batch, seconds):
         """Count a batch and the seconds that the loader kept the step waiting for it."""
         self.lap_batches += 1
-        self.data_seconds += seconds
+        self.lap_means.add({"data_seconds": seconds})
         self.unread_names += batch.unreadable
 
     def add_losses(self, losses):
         """Keep the loss of a batch and its terms, {name: scalar tensor}, without waiting for the device."""
-        self.unread_losses.append({name: value.detach().clone() for name, value in losses.items()})
-        self.unfinished_batches += 1
+        self.step_losses.append({name: value.detach().clone() for name, value in losses.items()})
 
     def end_step(self):
         """Count a step, whose weights are final."""
-        self.step, self.unfinished_batches, self.between_steps = self.step + 1, 0, True
-
-    def drop_unfinished_step(self):
-        """Forget the losses of a step that will be computed again."""
-        del self.unread_losses[len(self.unread_losses) - self.unfinished_batches :]
-        self.unfinished_batches = 0
+        self.step, self.between_steps = self.step + 1, True
+        self.unread_losses += self.step_losses
+        self.step_losses = []
 
     def observe(self, **values):
         """For hooks: numbers of a step. Log lines show their mean since the last line; log.txt that over the epoch."""
@@ -170,42 +150,35 @@ class Run:
         images = self.lap_batches * self.args.batch_size * utils.get_world_size()
         seconds = time.perf_counter() - self.lap_start
         self.epoch_images, self.epoch_seconds = self.epoch_images + images, self.epoch_seconds + seconds
-        self.lap = self.lap_means.values() | {
-            "images_per_second": images / seconds,
-            "data_seconds": self.data_seconds / self.lap_batches,
-        }
+        self.lap = self.lap_means.values() | {"images_per_second": images / seconds}
         self.start_lap()
 
     def read_losses(self, alone=False):
-        """Fetch the losses since the last call, averaged over all ranks, which call this at the same step.
+        """Fetch the losses of the steps since the last call, averaged over all ranks, which call this at the same step.
 
         alone: without the others. Raises TrainingError, on all of them, at a loss that is not finite.
         """
         if not self.unread_losses:
             return
         names = list(self.unread_losses[0])
-        local = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self.unread_losses])
-        losses = local.clone()  # (batches, names)
-        if dist.is_initialized() and not alone:
-            dist.all_reduce(losses)
-            losses /= dist.get_world_size()
-        unreadable = [self.unread_names] if alone else utils.all_gather(self.unread_names)
-        self.unreadable_images |= dict.fromkeys(sum(unreadable, []))
+        losses = torch.stack([torch.stack([terms[name].float() for name in names]) for terms in self.unread_losses])
+        here = losses.cpu(), self.unread_names
+        ranks = [here] if alone else utils.all_gather(here)
+        self.unreadable_images |= dict.fromkeys(name for _, unreadable in ranks for name in unreadable)
         self.unread_losses, self.unread_names = [], []
-        for index, values in enumerate(losses.tolist()):
+        means = torch.stack([losses for losses, _ in ranks]).mean(0)  # (ranks, batches, names) -> (batches, names)
+        for index, values in enumerate(means.tolist()):
             if not math.isfinite(values[0]):
                 batch = self.step * self.args.update_freq - len(losses) + index
-                report_nonfinite_loss(self, values[0], batch, not local[index, 0].isfinite(), alone)
+                report_nonfinite_loss(self, values[0], batch, not losses[index, 0].isfinite(), alone)
             # one by one, so that the sum over an epoch does not depend on how often losses are read
-            for means in (self.lap_means, self.epoch_means):
-                means.add(dict(zip(names, values, strict=True)))
+            self.observe(**dict(zip(names, values, strict=True)))
 
     # ---- the end of an epoch
 
     def add_evaluations(self, evaluations):
-        """Keep the evaluations of an epoch, by suffix ("", "_ema"); none of them if a signal interrupted one."""
-        self.given_up = None in evaluations.values()
-        self.evaluations = {} if self.given_up else evaluations
+        """Keep the evaluations of an epoch, by suffix ("", "_ema"); None is one that a signal interrupted."""
+        self.evaluations = {suffix: evaluation for suffix, evaluation in evaluations.items() if evaluation is not None}
         for suffix, evaluation in self.evaluations.items():
             self.metrics |= {f"test_{name}{suffix}": value for name, value in evaluation.metrics().items()}
             self.add_unreadable(evaluation.unreadable)
@@ -227,20 +200,25 @@ class Run:
     def update_best(self):
         """`best` with the metrics of this epoch."""
         best = dict(self.best)
-        for name in self.watched:
-            if name not in self.metrics:
-                continue
+        for name in (name for name in self.watched if name in self.metrics):
             value = self.metrics[name]
-            if name not in best or is_better(name, value, best[name][0]):
-                best[name] = [value, self.epoch, 0]
-            else:
-                best[name] = [*best[name][:2], best[name][2] + 1]
+            is_new = name not in best or is_better(name, value, best[name][0])
+            best[name] = [value, self.epoch, 0] if is_new else [*best[name][:2], best[name][2] + 1]
         return best
 
     def is_best(self, name):
         return name in self.best and self.best[name][1] == self.epoch
 
     # ---- checkpoints
+
+    @property
+    def facts(self):
+        """What must stay the same when a run resumes within an epoch."""
+        return {
+            "effective_batch_size": effective_batch_size(self.args),
+            "num_images": len(self.images),
+            "sample_order": getattr(self.sampler, "order", None),  # None: evaluation
+        }
 
     def state_dict(self):
         """What a checkpoint keeps besides weights, optimizer, scaler, position and flags."""
@@ -251,10 +229,8 @@ class Run:
             "best": self.best,
             "class_names": self.class_names,
             "task": self.task and self.task.state_dict(),
-            "num_images": len(self.images),
-            "effective_batch_size": effective_batch_size(self.args),
-            "sample_order": getattr(self.sampler, "order", None),  # None: evaluation
-            "hooks": getattr(self.hooks, "state_dict", dict)(),
+            "hooks": self.hooks.state_dict(),
+            **self.facts,
         }
 
     def describe_stop(self):
@@ -274,7 +250,7 @@ class Run:
             self.epoch_means, self.lr = Means(means), checkpoint["lr"]
         self.unreadable_images = dict.fromkeys(checkpoint["unreadable_images"])
         self.best = {name: best for name, best in checkpoint["best"].items() if name in self.watched}
-        self.hook_states = checkpoint.get("hooks", {})
+        self.hooks.load_state_dict(checkpoint.get("hooks", {}))
 
 
 def is_better(name, value, other):
@@ -285,18 +261,6 @@ def is_better(name, value, other):
     return value < other if is_error else value > other
 
 
-def write_names(folder, names):
-    """Write nonfinite_batch.txt; in words where it is."""
-    path = Path(folder) / "nonfinite_batch.txt"
-    if not folder:
-        return ""
-    try:
-        path.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
-    except OSError:  # a full disk does not hide the message
-        return ""
-    return f" (all in {path})"
-
-
 def report_nonfinite_loss(run, loss, batch, is_local, alone):
     """Raise TrainingError, naming the images of a batch. is_local: whether the loss of this rank is not finite.
 
@@ -305,8 +269,16 @@ def report_nonfinite_loss(run, loss, batch, is_local, alone):
     names = [run.images.name(index) for index in run.sampler.batch_indices(run.epoch, batch)] if is_local else []
     names = names if alone else sum(utils.all_gather(names), [])
     examples = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    write = functools.partial(write_names, run.args.output_dir, names)
-    examples += write() if alone else utils.on_main_rank(write)
+    path = Path(run.args.output_dir) / "nonfinite_batch.txt"
+
+    def write():
+        with contextlib.suppress(OSError):  # a full disk does not hide the message
+            path.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
+            return f" (all in {path})"
+        return ""
+
+    if run.args.output_dir:
+        examples += write() if alone else utils.on_main_rank(write)
     raise TrainingError(
         f"loss is {loss} in epoch {run.epoch}, step {batch // run.args.update_freq + 1} of {run.steps_per_epoch}: "
         f"{run.describe_stop()}. Batch: {examples}"
@@ -370,7 +342,7 @@ class Hooks:
         for hook in list(self.hooks):
             try:
                 getattr(hook, event)(run)
-            except (UserError, TrainingError, utils.Stopped):
+            except OneLineError:
                 raise
             except Exception as error:
                 if not hook.main_only or not isinstance(error, OSError):
@@ -390,12 +362,12 @@ class Hooks:
                 hook.load_state_dict(states[type(hook).__name__])
 
 
-# ---------------------------------------------------------------- the epoch loop
+# ---------------------------------------------------------------- the first lines
 
 
-def log_configuration(run, schedule, model_description, loader):
+def log_configuration(run, model_description, num_workers):
     """Print what a person checks before leaving a run alone."""
-    args = run.args
+    args, schedule = run.args, run.schedule
     precision = f"{args.amp_dtype} autocast" if args.use_amp else "float32"
     compiled = ", compiled" if args.compile else ""
     ranks = utils.format_count(utils.get_world_size(), "rank")
@@ -408,7 +380,7 @@ def log_configuration(run, schedule, model_description, loader):
     log(f"peak learning rate {schedule.peak_lr:.2e} after {schedule.warmup_epochs:g} epochs of warm-up; {decay}")
     if schedule.warmup_epochs >= args.epochs:
         log(f"warm-up of {schedule.warmup_epochs:g} epochs: the learning rate rises during all of {args.epochs}")
-    log(f"{ranks} on {run.device}, {precision}{compiled}; {loader.num_workers} loader workers each")
+    log(f"{ranks} on {run.device}, {precision}{compiled}; {num_workers} loader workers each")
     log(f"output: {args.output_dir or 'none'}; torch {torch.__version__}")
     if run.device.type == "cpu":
         for hint in hint_at_threads(torch.get_num_threads(), len(os.sched_getaffinity(0)), os.getloadavg()[0]):
@@ -421,43 +393,3 @@ def hint_at_threads(threads, cores, load):
         return []
     free = max(round(cores - load), 1)
     return [f"hint: {threads} threads on {cores} cores with a load of {load:.1f}: OMP_NUM_THREADS={free} may be faster"]
-
-
-@contextlib.contextmanager
-def saved_on_error(run):
-    """Let hooks save the run if anything fails between two steps, such as a loader worker that was killed."""
-    try:
-        yield
-    except (UserError, TrainingError, utils.Stopped):
-        raise
-    except Exception:
-        if run.between_steps:
-            run.hooks("on_error", run)
-        raise
-
-
-def train(run, hooks, train_one_epoch, evaluate=None):
-    """The epochs of a run, from where it stands to the last one.
-
-    train_one_epoch(): from `run.step` to the end of `run.epoch`. evaluate() -> {suffix: Evaluation}, see
-    `Run.add_evaluations`; None: no evaluation.
-    """
-    if run.is_finished(run.epoch):
-        epochs, done = run.args.epochs, "epochs are done"
-        state = f"of {epochs} {done}" if run.epoch <= epochs else f"{done}, more than --epochs {epochs}"
-        return log(f"nothing left to do: {run.epoch} {state}")
-    run.hooks = hooks
-    hooks.load_state_dict(run.hook_states)
-    hooks("on_start", run)
-    while not run.is_finished(run.epoch):
-        run.sampler.set_position(run.epoch, run.step)
-        hooks("on_epoch_start", run)
-        with saved_on_error(run):
-            train_one_epoch()
-            if evaluate is not None:
-                run.add_evaluations(evaluate())
-            hooks("on_evaluate", run)
-        run.close_epoch()
-        hooks("on_epoch_end", run)
-        run.start_next_epoch()
-    hooks("on_end", run)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoints import TASK, fits
 from evaluation import ClassEvaluation, MultiLabelEvaluation, RegressionEvaluation
 from flags import fraction_below_1
 from index import sort_labels
+from schema import TASK, fits
 from sources import SEPARATOR, shorten
 from utils import UserError, format_count, log
 

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from models import triton_switch
+
 # ---------------------------------------------------------------- errors and the script's frame
 
 
@@ -36,11 +38,15 @@ class OneLineError(Exception):
 
 
 class UserError(OneLineError):
-    """A mistake of the user: reported in one line that names what was given and what is accepted; exit status 2."""
+    """A mistake of the user: reported in one line that names what was given and what is accepted."""
+
+    status = 2  # of the exit
 
 
 class TrainingError(OneLineError):
-    """The run cannot continue, and no flag was wrong: reported in one line; exit status 1."""
+    """The run cannot continue, and no flag was wrong: reported in one line."""
+
+    status = 1
 
 
 class Stopped(BaseException):
@@ -54,6 +60,7 @@ class Stopped(BaseException):
 
     @property
     def status(self):
+        """75 if a scheduler sent the signal and the run is saved, else 128 + its number."""
         by_person = self.signum in (signal.SIGINT, signal.SIGHUP)
         return 128 + self.signum if by_person or not self.saved else STOPPED
 
@@ -75,8 +82,7 @@ def name_in_errors(prefix):
 def run_main(main, args, name):
     """Call main(args) and translate what ends it early into one line and an exit status.
 
-    Status: 2 after `UserError`; after a signal 75 if a scheduler sent it and the run is saved, else 128 + its number;
-    1 after any other error.
+    Status: that of `UserError`, `TrainingError` or `Stopped`; 1 after any other error.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
@@ -91,11 +97,11 @@ def run_main(main, args, name):
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         sys.exit(128 + signal.SIGPIPE)
-    except (UserError, TrainingError) as error:
+    except OneLineError as error:
         sys.stdout.flush()
         report(name, error)
         leave_process_group()
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(error.status)
     except Stopped as stopped:
         requeue(stopped)
         sys.exit(stopped.status)
@@ -108,11 +114,12 @@ def run_main(main, args, name):
 def report(name, error):
     """Print an error in one line: on the main rank, and on another one if the main rank does not fail alike."""
     place = ""
-    if dist.is_initialized():
-        STORE[0].set(f"error of rank {get_rank()}", str(error))
-    if not is_main_process():
-        if not dist.is_initialized():
-            return  # of the flags, which are the same on every rank
+    if is_main_process():
+        if dist.is_initialized():
+            STORE[0].set("error of rank 0", str(error))
+    elif not dist.is_initialized():
+        return  # of the flags, which are the same on every rank
+    else:
         with contextlib.suppress(dist.DistError, RuntimeError):
             STORE[0].wait(["error of rank 0"], datetime.timedelta(seconds=5))
             if STORE[0].get("error of rank 0").decode() == str(error):
@@ -203,22 +210,18 @@ def find_launcher(args):
         # a port that the steps of other jobs on the same machine do not take
         env.setdefault("MASTER_PORT", str(15000 + (64 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 15000))
         return *(int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID")), args.dist_url
-    world_size, local_rank = getattr(args, "world_size", 1), getattr(args, "local_rank", -1)
-    if world_size > 1 or local_rank > 0:
-        flags = f"--world_size {world_size} --local_rank {local_rank}"
+    if args.world_size > 1 or args.local_rank > 0:
+        flags = f"--world_size {args.world_size} --local_rank {args.local_rank}"
         raise UserError(f"{flags}: no launcher started this process; use torchrun --nproc_per_node=N, srun or mpirun")
     return None
 
 
 def find_first_node():
     """The address under which Slurm itself reaches the node of the step's first task."""
-
-    def scontrol(*words):
-        return subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True).stdout
-
+    command = ["scontrol", "show", "node", os.environ["SLURM_STEP_NODELIST"]]
     try:
-        first = scontrol("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
-        return re.search(r"NodeAddr=(\S+)", scontrol("show", "node", first))[1]
+        nodes = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # in their order
+        return re.search(r"NodeAddr=(\S+)", nodes)[1]
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"srun: cannot find the node of rank 0: {error}; set MASTER_ADDR to its address") from None
 
@@ -295,34 +298,30 @@ def barrier():
 
 def all_gather(value):
     """A list with the picklable value of each rank."""
-    values = [value]
+    values = [value] * get_world_size()
     if dist.is_initialized():
-        values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
 
 
 def gather_to_main(value):
     """A list with the picklable value of each rank on the main rank, an empty one on the others."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size() if is_main_process() else None
-    dist.gather_object(value, values)
+    values = [value] * get_world_size() if is_main_process() else None
+    if dist.is_initialized():
+        dist.gather_object(value, values)
     return values or []
 
 
 def on_all_ranks(work):
     """Call work() on every rank and return its result. If it raises UserError on any, all raise the same one."""
-    result = error = None
+    result = problem = None
     try:
         result = work()
-    except UserError as caught:
-        error = str(caught)
-    errors = all_gather((error, socket.gethostname()))
-    failed = [rank for rank, (message, _) in enumerate(errors) if message is not None]
-    if failed:
-        message, host = errors[failed[0]]
-        raise UserError(message if len(failed) == len(errors) else f"rank {failed[0]}, on {host}: {message}")
+    except UserError as error:
+        problem = str(error), f"rank {get_rank()}, on {socket.gethostname()}"
+    problems = all_gather(problem)
+    for message, place in filter(None, problems):  # the first
+        raise UserError(message if all(problems) else f"{place}: {message}")
     return result
 
 
@@ -331,15 +330,14 @@ def on_main_rank(work):
     outcome = [None, None]  # result, error
     if is_main_process():
         try:
-            outcome = [work(), None]
-        except (UserError, TrainingError) as caught:
-            outcome = [None, caught]
+            outcome[0] = work()
+        except OneLineError as error:
+            outcome[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def main_rank_first(work):
@@ -354,8 +352,6 @@ def main_rank_first(work):
 
 def to_device(model, device, triton=True):
     """The model on its device, with the settings and kernels of every training there, the same on every rank."""
-    from models import triton_switch
-
     device = torch.device(device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -385,46 +381,15 @@ def keep_freed_memory():
     It would return the activations after each step, and the next step would have their pages cleared and mapped again.
     The process, and loader workers that it forks, then hold as much memory as they ever needed, until they end.
     """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, -1)  # never
-        mallopt(mmap_max, 0)  # large blocks too come from what is kept
-
-
-def prepare_training(model, args):
-    """The model as it is trained: with --grad_checkpointing, --compile, and gradients averaged over the ranks."""
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    main_rank_first(lambda: compile_kernels(model, args))
-    if dist.is_initialized():
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Around DDP, so that it cuts its graph at the buckets: gradients are then averaged while others are computed
-    return torch.compile(model) if args.compile else model
-
-
-def compile_kernels(model, args):
-    """Compile the Triton kernels of a training step side by side; the first step would do it one after the other."""
-    from models import triton_switch
-
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        if not args.use_amp:
-            log("float32 with TF32; --use_amp true (bfloat16) moves half the bytes at up to twice the speed")
-        if triton_switch.runs_in_triton(torch.empty(0, device=device)):
-            from models.launch import compile_variants, find_variants
-
-            dtype = getattr(torch, args.amp_dtype) if args.use_amp else None
-            compile_variants(find_variants(model, (2, args.in_chans, *args.input_size), dtype))
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks too come from what is kept
 
 
 def autocast(args, device):
     """A context in which the forward pass computes in --amp_dtype where that is safe, with --use_amp."""
     return torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.use_amp)
-
-
-def create_scaler(args, device):
-    """The gradient scaler that keeps float16 gradients in range; disabled for other dtypes."""
-    return torch.amp.GradScaler(device.type, enabled=args.use_amp and args.amp_dtype == "float16")
 
 
 # ---------------------------------------------------------------- randomness, a function of its key

@@ -15,6 +15,7 @@ from conftest import TINY
 import checkpoints
 import main_finetune
 import main_pretrain
+import schema
 import utils
 from models import fcmae
 from tools import common
@@ -237,4 +238,4 @@ def test_the_machine_finds_the_entries_that_matter(trained):
 def test_parameter_groups_of_a_wrong_type_are_named_before_they_are_loaded(trained, groups):
     content = replaced(torch.load(trained["finetune"]), ("optimizer", "param_groups"), groups)
     with pytest.raises(UserError, match="optimizer is .* must be the state dict of an optimizer"):
-        checkpoints.check_schema(content, "FILE")
+        schema.check_schema(content, "FILE")

@@ -23,6 +23,7 @@ from timm.data import auto_augment
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import augmentations
+import engine_pretrain
 import main_pretrain
 import utils
 from models import convnextv2, fcmae, triton_switch
@@ -265,7 +266,7 @@ def test_device_cuda_1_is_the_current_device(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for device in ("cuda:1", "cuda", "cpu"):
-        utils.init_distributed_mode(argparse.Namespace(device=device, dist_on_itp=False))
+        utils.init_distributed_mode(argparse.Namespace(device=device, dist_on_itp=False, world_size=1, local_rank=-1))
     assert chosen == [torch.device("cuda:1")]
 
 
@@ -280,7 +281,7 @@ def test_ddp_is_within_the_compiled_model_so_that_averaging_overlaps(monkeypatch
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(utils, "main_rank_first", lambda work: work())
     model = fcmae.FCMAE(32, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-    utils.prepare_training(model, argparse.Namespace(grad_checkpointing=False, compile=True))
+    engine_pretrain.prepare_training(model, argparse.Namespace(grad_checkpointing=False, compile=True))
     assert calls == ["ddp True", "compile"]
 
 

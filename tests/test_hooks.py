@@ -412,12 +412,13 @@ def test_tensorboard_loses_no_scalar_to_a_full_disk(tmp_path):
     assert [scalar.step for scalar in events(tmp_path).Scalars("train/loss")] == [250, 500, 750]
 
 
-def test_a_picture_that_cannot_be_written_leaves_no_empty_file(tmp_path):
+def test_a_picture_that_cannot_be_written_leaves_no_empty_file(run, tmp_path):
+    run.args = run.args.replace(output_dir=str(tmp_path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
         with pytest.raises(OSError):
-            hooks.save_picture(None, tmp_path / "reconstruction-0000.png", Image.new("RGB", (8, 8)))
+            hooks.save_picture(run, "reconstruction-0000", Image.new("RGB", (8, 8)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
@@ -475,6 +476,7 @@ def test_a_rank_that_leaves_alone_reports_a_loss_without_the_others(run, monkeyp
     monkeypatch.setattr(utils, "all_gather", wait)
     monkeypatch.setattr(utils, "on_main_rank", wait)
     run.add_losses({"loss": torch.tensor(torch.inf)})
+    run.end_step()
     run.images, run.sampler = types.SimpleNamespace(name=str), types.SimpleNamespace(batch_indices=lambda *_: [7, 8])
     with pytest.raises(utils.TrainingError, match="loss is inf in epoch 0, step .* Batch: 7, 8$"):
         run.read_losses(alone=True)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = """
     models.utils models.sites models.launch models.passes models.kernels models.mlp_kernels models.triton_switch
     models.mlp models.depthwise models.weights models.cost models.convnextv2
-    models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags
+    models.convnextv2_sparse models.convnextv2_minkowski models.fcmae models.files utils flags schema
     sources tables shards index images image_sets optim_factory run checkpoints
     augmentations evaluation tasks
     datasets loaders
