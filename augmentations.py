@@ -187,21 +187,14 @@ def auto_contrast(imgs, _):
     low, high = values.amin(2, keepdim=True).double(), values.amax(2, keepdim=True).double()
     levels = torch.arange(256, dtype=torch.float64, device=imgs.device)
     scale = levels[255] / (high - low)  # 255 / would multiply by the inverse, which rounds otherwise
-    return look_up(torch.where(high > low, levels * scale + -low * scale, levels), values.long()).view(imgs.shape)
+    tables = torch.where(high > low, levels * scale + -low * scale, levels).clamp(0, 255).byte()
+    return tables.gather(2, values.long()).view(imgs.shape)
 
 
 def equalize(imgs, _):
-    values = imgs.contiguous().flatten(2).long()
-    counts = values.new_zeros(*values.shape[:2], 256)
-    counts.scatter_add_(2, values, values.new_ones(()).expand_as(values))
-    step = (values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) // 255
-    tables = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)
-    return look_up(torch.where(step > 0, tables, torch.arange(256, device=imgs.device)), values).view(imgs.shape)
+    from torchvision.transforms.v2 import functional
 
-
-def look_up(tables, values):
-    """What stands in tables (n, C, 256), clipped to uint8, at the places `values` (n, C, H * W)."""
-    return tables.clamp(0, 255).byte().gather(2, values)
+    return functional.equalize(imgs)
 
 
 # Moves: the pixel (x, y), whose center is (x + 0.5, y + 0.5), gets the value at another place

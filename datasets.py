@@ -21,8 +21,8 @@ import tasks
 import utils
 from checkpoints import write_csv, write_whole
 from flags import Switch, at_least, fraction
-from image_sets import build_images, check_color_mode, first_of_each_class, split_validation
-from images import RandomCrop, check_resized, decode, statistics_of, to_tensor, try_open
+from image_sets import CIFARS, build_images, first_of_each_class, split_validation
+from images import COLOR_MODES, RandomCrop, check_resized, decode, statistics_of, to_tensor, try_open
 from tables import split_columns
 from utils import UserError
 
@@ -47,7 +47,7 @@ def add_image_args(add, statistics="ImageNet's"):
     of_each = f"of each channel in [0, 1], as python -m tools.statistics prints it; None: {statistics}"
     add("--mean", nargs="+", type=fraction, metavar="VALUE", help=f"mean {of_each}")
     add("--std", nargs="+", type=flags.fraction_above_0, metavar="VALUE", help=f"standard deviation {of_each}")
-    add_source_args(add)
+    sources.add_source_args(add)
 
 
 def add_pixel_range_arg(add):
@@ -56,29 +56,14 @@ def add_pixel_range_arg(add):
     add("--pixel_range", nargs=2, type=number, metavar=("LOW", "HIGH"), help=f"{meaning} own range of each float image")
 
 
-def add_source_args(add):
-    """The flags of how a source of images is read."""
-    columns = {
-        "path": "paths of images in a CSV or TSV list",
-        "image": "images in a Parquet or Arrow table",
-        "label": "labels, several titles joined by commas; and key of the class in webdataset's .json",
-        "split": "splits: train or val",
-    }
-    for name, content in columns.items():
-        default = getattr(sources.DEFAULTS, f"{name}_column")
-        add(f"--{name}_column", default=default, metavar="NAME", help=f"column of {content}")
-    kept = "where the index of a large data set is kept; None: beside the data, else in ~/.cache"
-    add("--index_dir", metavar="FOLDER", help=kept)
-
-
 def check_image_args(args, accepted, needs_path=True):
     """Raise UserError for flags of `add_image_args` that do not fit, or a data set without the path that it needs."""
     if args.pixel_range and args.pixel_range[0] >= args.pixel_range[1]:
         raise UserError(f"--pixel_range {args.pixel_range[0]:g} {args.pixel_range[1]:g}: give the smaller first")
     with utils.name_in_errors("--mean, --std"):
         statistics_of(args)
-    if args.data_set in ("DIGITS", "CIFAR", "CIFAR10"):
-        check_color_mode(args.in_chans, args.data_set)
+    if args.data_set in ("DIGITS", *CIFARS) and args.in_chans not in COLOR_MODES:
+        raise UserError(f"--in_chans {args.in_chans}: must be one of {list(COLOR_MODES)} for {args.data_set}")
     for name in ("data_path", "eval_data_path"):
         if args.data_set == "DIGITS" and getattr(args, name, None):
             raise UserError(f"--{name} {getattr(args, name)}: --data_set DIGITS needs none; leave one of them out")
@@ -151,29 +136,23 @@ def check_labelled_args(args):
         raise UserError(f"--aa {args.aa}: not a policy of timm: {error}") from None
 
 
-def source_options(args):
-    return sources.Options(**{name: value for name, value in vars(args).items() if name in sources.Options._fields})
-
-
 def on_all_ranks(build):
-    """The image sets of build(), on the main rank first. Raises UserError unless all ranks have the same."""
-    sets = utils.on_all_ranks(lambda: utils.main_rank_first(build))
-    facts = utils.all_gather([(len(images), images.digest) for images in sets])
-    for rank, others in enumerate(facts):
-        for (count, digest), (other_count, other_digest) in zip(facts[0], others, strict=True):
-            if digest != other_digest:
-                images = f"{other_count} instead of {count}" if count != other_count else f"{count}, of other names"
-                problem = f"has other images or classes than rank 0: {images} images"
-                raise UserError(f"rank {rank} {problem}; give all the same")
-    return sets
+    """The image set of build(), on the main rank first. Raises UserError unless all ranks have the same."""
+    images = utils.on_all_ranks(lambda: utils.main_rank_first(build))
+    (count, digest), *others = utils.all_gather((len(images), images.digest))
+    for rank, (other_count, other_digest) in enumerate(others, start=1):
+        if digest != other_digest:
+            found = f"{other_count} instead of {count}" if count != other_count else f"{count}, of other names"
+            raise UserError(f"rank {rank} has other images or classes than rank 0: {found} images; give all the same")
+    return images
 
 
 def build_pretrain_dataset(args):
     """The `PretrainDataset` of the flags, on all ranks. Raises UserError as `build_images` does."""
     source = args.data_set, args.data_path, "train", args.in_chans, False
-    (images,) = on_all_ranks(lambda: [build_images(*source, options=source_options(args))])
+    images = on_all_ranks(lambda: build_images(*source, options=sources.options_of(args)))
     height, width = (side // (8 * args.stem_stride) for side in args.input_size)  # of the grid of patches
-    options = args.scale, args.hflip, args.pixel_range, args.max_bad_images, args.vflip
+    options = args.scale, args.hflip, args.vflip, args.pixel_range, args.max_bad_images
     return PretrainDataset(images, args.input_size, height * width, args.seed, *options)
 
 
@@ -182,7 +161,7 @@ def build_dataset(is_train, args, task=None):
 
     Its targets are the numbers of labels, until `build_labelled_sets` knows what they mean.
     """
-    (images,) = on_all_ranks(lambda: [build_labelled_images(is_train, args, task)])
+    images = on_all_ranks(lambda: build_labelled_images(is_train, args, task))
     transform = build_transform(is_train, args)
     if not is_train:
         return EvalDataset(images, transform, args.max_bad_images)
@@ -195,7 +174,7 @@ def build_labelled_images(is_train, args, task=None):
     if not is_train and args.eval_data_path:
         flag, path, split = "--eval_data_path", args.eval_data_path, ""
     whole = args.val_fraction and args.data_set == "IMNET"  # which need not have a train/
-    data_set, options = "image_folder" if whole else args.data_set, source_options(args)
+    data_set, options = "image_folder" if whole else args.data_set, sources.options_of(args)
     class_names = task.names if task and task.one_class else None
     images = build_images(data_set, path, split, args.in_chans, True, class_names, flag, options)
     if args.val_fraction:
@@ -203,7 +182,7 @@ def build_labelled_images(is_train, args, task=None):
         images = split_validation(images, args.val_fraction, args.seed, one_class)[0 if is_train else 1]
         if not len(images):
             raise UserError(f"--val_fraction {args.val_fraction}: holds out no image, as no class has two")
-    return first_of_each_class(images, args.images_per_class) if is_train and args.images_per_class else images
+    return first_of_each_class(images, args.images_per_class) if is_train else images
 
 
 def find_labels(images, args):
@@ -246,67 +225,74 @@ def build_labelled_sets(args, task=None):
 
 def build_probe_sets(args, data_path, images_per_class=0, flag="--data_path"):
     """Two `EvalDataset`s, to fit a probe and to test it, on all ranks. Raises UserError as `build_images` does."""
-    data_set, options = "DIGITS" if data_path == "DIGITS" else "IMNET", source_options(args)
+    data_set, options = "DIGITS" if data_path == "DIGITS" else "IMNET", sources.options_of(args)
 
-    def build():
-        train = build_images(data_set, data_path, "train", args.in_chans, True, None, flag, options)
-        val = build_images(data_set, data_path, "val", args.in_chans, True, train.class_names, flag, options)
-        return first_of_each_class(train, images_per_class) if images_per_class else train, val
+    def build(split, class_names=None):
+        source = data_set, data_path, split, args.in_chans, True, class_names, flag, options
+        return on_all_ranks(lambda: build_images(*source))
 
+    train = build("train")
+    val = build("val", train.class_names)
     transform = build_eval_transform(args.input_size, args.in_chans, pixel_range=options.pixel_range)
-    most = getattr(args, "max_bad_images", math.inf)  # which a tool may lack
-    return [EvalDataset(images, transform, most) for images in on_all_ranks(build)]
+    sets = first_of_each_class(train, images_per_class), val
+    return [EvalDataset(images, transform, args.max_bad_images) for images in sets]
 
 
-opening = None  # in a loader worker: where it notes the image that it opens, and its place there
+class ImageDataset(torch.utils.data.Dataset):
+    """dataset[key]: a sample of an image set. targets: (n,) classes, or (n, K) float32, or None."""
+
+    def __init__(self, images, max_bad_images):
+        self.images, self.max_bad_images = images, max_bad_images
+        self.targets = getattr(images, "targets", None)
+
+    def __getitem__(self, key):
+        return self.load_all([key])[0]
+
+    def __getitems__(self, keys):
+        """The samples of a batch, for DataLoader; a UserError is returned: a worker would add its traceback to it."""
+        try:
+            return self.load_all(keys)
+        except UserError as error:
+            return error
+
+    def load_all(self, keys):
+        return [self.load(key) for key in keys]
+
+    def read_or_next(self, index, read):
+        """read(opened image) of this index, or of the next that can be read; its index; names of those that cannot.
+
+        Raises UserError at once for more than max_bad_images in a row: a disk that is gone costs no search of all.
+        """
+        count, most, unreadable = len(self.images), self.max_bad_images, []
+        for number in itertools.islice(itertools.chain(range(index, count), range(index)), most + 1):
+            result, error = try_open(self.images, number, read)
+            if error is None:
+                return result, number, unreadable
+            unreadable.append(error)
+        problem = f"none of the {count} images can be read any more"
+        if len(unreadable) > most:
+            problem = f"{len(unreadable)} images in a row could not be read, --max_bad_images is {most}"
+        raise UserError(f"{problem}; the first: {unreadable[0]}")
 
 
-def open_and_read(images, index, read):
-    """As `images.try_open`; a worker notes the image before, so that one that stalls can be named."""
-    if opening is not None:
-        opening[0][opening[1]] = index
-    return try_open(images, index, read)
-
-
-def read_or_next(images, index, read, max_bad_images):
-    """read(opened image) of this index, or of the next that can be read; its index; names of those that cannot.
-
-    Raises UserError at once for more than max_bad_images in a row: a disk that is gone costs no search of all images.
-    """
-    unreadable = []
-    for number in itertools.islice(itertools.chain(range(index, len(images)), range(index)), max_bad_images + 1):
-        result, error = open_and_read(images, number, read)
-        if error is None:
-            return result, number, unreadable
-        unreadable.append(error)
-    if len(unreadable) > max_bad_images:
-        problem = f"{len(unreadable)} images in a row could not be read, --max_bad_images is {max_bad_images}"
-    else:
-        problem = f"none of the {len(images)} images can be read any more"
-    raise UserError(f"{problem}; the first: {unreadable[0]}")
-
-
-class PretrainDataset(torch.utils.data.Dataset):
+class PretrainDataset(ImageDataset):
     """dataset[epoch, index, repeat]: a random crop (C, H, W) uint8, mask noise (L,), names of unreadable files."""
 
     def __init__(
-        self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, pixel_range=None, max_bad_images=100,
-        vflip=0.0,
+        self, images, input_size, num_patches, seed, scale=(0.2, 1.0), hflip=0.5, vflip=0.0, pixel_range=None,
+        max_bad_images=100,
     ):  # fmt: skip
-        self.images, self.num_patches, self.seed, self.hflip, self.vflip = images, num_patches, seed, hflip, vflip
-        self.max_bad_images = max_bad_images
+        super().__init__(images, max_bad_images)
+        self.num_patches, self.seed = num_patches, seed
+        self.flips = {2: hflip, 1: vflip}  # probabilities by axis of (C, H, W); vertical last: older runs lack it
         self.random_crop = RandomCrop(input_size, scale, "bicubic", images.in_chans, pixel_range)
 
-    def __getitem__(self, key):
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys):
-        """The samples of a batch, as DataLoader asks for them: neighbors of one image are cut from one decoding."""
+    def load_all(self, keys):
+        """Neighbors of one image are cut from one decoding."""
         samples = []
         with torch.random.fork_rng(devices=()):  # `draw` seeds torch's generator alone
             for (_, index), group in itertools.groupby(keys, key=lambda key: key[:2]):
-                read = functools.partial(self.read, keys=list(group))
-                crops, _, unreadable = read_or_next(self.images, index, read, self.max_bad_images)
+                crops, _, unreadable = self.read_or_next(index, functools.partial(self.read, keys=list(group)))
                 samples += [(*crop, [] if number else unreadable) for number, crop in enumerate(crops)]  # named once
         return samples
 
@@ -321,30 +307,23 @@ class PretrainDataset(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(utils.derive_seed(self.seed, *key))
         noise = torch.rand(self.num_patches)  # first: the mask does not depend on the image
         crop = self.random_crop.draw(image)
-        probabilities = {2: self.hflip, 1: self.vflip}  # by axis of (C, H, W); vertical last: older runs lack it
-        return noise, crop, [axis for axis, p in probabilities.items() if torch.rand(()).item() < p]
+        return noise, crop, [axis for axis, p in self.flips.items() if torch.rand(()).item() < p]
 
 
-class TrainDataset(torch.utils.data.Dataset):
-    """dataset[epoch, index, repeat]: a crop (C, H, W) uint8, target, index, names of unreadable files, notes.
-
-    The notes say how the crop is to be augmented, see `augmentations`.
-    """
+class TrainDataset(ImageDataset):
+    """dataset[epoch, index, repeat]: crop (C, H, W) uint8, target, index, unreadable files, `augmentations.Notes`."""
 
     def __init__(self, images, transform, seed, max_bad_images=100):
-        self.images, self.seed, self.max_bad_images = images, seed, max_bad_images
-        self.targets = getattr(images, "targets", None)  # (n,) classes, or (n, K) float32
+        super().__init__(images, max_bad_images)
+        self.seed = seed
         self.read, self.augment = transform.transforms
 
-    def __getitem__(self, key):
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys):
-        """The samples of a batch; torch's, NumPy's and Python's generators on the CPU are left as they were."""
+    def load_all(self, keys):
+        """Torch's, NumPy's and Python's generators on the CPU are left as they were."""
         numpy_state, python_state = np.random.get_state(), random.getstate()
         with torch.random.fork_rng(devices=()):
             try:
-                return [self.load(key) for key in keys]
+                return super().load_all(keys)
             finally:
                 np.random.set_state(numpy_state)
                 random.setstate(python_state)
@@ -354,26 +333,23 @@ class TrainDataset(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        image, index, unreadable = read_or_next(self.images, key[1], self.read, self.max_bad_images)
+        image, index, unreadable = self.read_or_next(key[1], self.read)
         image, notes = self.augment(image)
         return image, self.targets[index], index, unreadable, notes
 
 
-class EvalDataset(torch.utils.data.Dataset):
-    """dataset[index]: (image (C, H, W) uint8, target, index, []), or (None, None, None, [name of unreadable file]).
-
-    The target is 0 where the images have none.
-    """
+class EvalDataset(ImageDataset):
+    """dataset[index]: image (C, H, W) uint8, target or 0, index, []; or None, None, None, [name of unreadable file]."""
 
     def __init__(self, images, transform, max_bad_images=math.inf):
-        self.images, self.transform, self.max_bad_images = images, transform, max_bad_images
-        self.targets = getattr(images, "targets", None)  # as of `TrainDataset`
+        super().__init__(images, max_bad_images)
+        self.transform = transform
 
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, index):
-        image, error = open_and_read(self.images, index, self.transform)
+    def load(self, index):
+        image, error = try_open(self.images, index, self.transform)
         if error is not None:
             return None, None, None, [error]
         return image, 0 if self.targets is None else self.targets[index], index, []

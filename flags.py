@@ -80,9 +80,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message):
         """End with one line, on the main process, instead of the usage of a hundred flags."""
-        message = re.sub(r"^argument (--\w+)[^:]*: (?=.*: must be )", r"\1 ", message)
-        line = f"{self.prog}: error: {message}; --help lists all flags\n"
-        self.exit(2, line if utils.is_main_process() else None)
+        message = re.sub(r"^argument (--\w+)[^:]*: (?=.*(: must be | is neither ))", r"\1 ", message)
+        self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n" if utils.is_main_process() else None)
 
 
 def run_script(main, parser, description):
@@ -113,11 +112,7 @@ def at_least(low, at_most=None):
     return number(type(low), lambda value: low <= value <= high and value < math.inf, f"{kind}at least {low}{limit}")
 
 
-def above(low):
-    """Argument type: a finite number above `low`."""
-    return number(float, lambda value: low < value < math.inf, f"a number above {low:g}")
-
-
+above_0 = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 fraction = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
 fraction_below_1 = number(float, lambda value: 0 <= value < 1, "from 0 to below 1")
 fraction_above_0 = number(float, lambda value: 0 < value <= 1, "above 0, at most 1")
@@ -142,16 +137,13 @@ class Switch(argparse.Action):
 
     def __init__(self, option_strings, dest, **kwargs):
         negatives = [f"--no-{name[2:]}" for name in option_strings]
-        super().__init__([*option_strings, *negatives], dest, nargs="?", **kwargs)
+        super().__init__([*option_strings, *negatives], dest, nargs="?", type=str2bool, **kwargs)
 
     def __call__(self, parser, namespace, value, option_string=None):
         negative = option_string.startswith("--no-")
-        try:
-            if negative and value is not None:
-                raise argparse.ArgumentTypeError(f"takes no value, not {value!r}")
-            setattr(namespace, self.dest, not negative if value is None else str2bool(value))
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"{option_string}: {error}")
+        if negative and value is not None:
+            parser.error(f"{option_string} {str(value).lower()}: takes no value")
+        setattr(namespace, self.dest, not negative if value is None else value)
 
 
 class ImageSize(argparse.Action):
@@ -208,8 +200,7 @@ def add_machine_args(parser, training=True):
     add("--local_rank", "--local-rank", default=-1, type=int, help="rank of this process on its machine")
     add("--dist_on_itp", default=False, action=Switch, help="read ranks from Open MPI's environment")
     add("--dist_url", default="env://", help="rendezvous of the processes")
-    silent = "seconds after which a silent process counts as dead"
-    add("--dist_timeout", default=1800, type=at_least(1), help=silent)
+    add("--dist_timeout", default=1800, type=at_least(1), help="seconds after which a silent process counts as dead")
 
 
 def device(text):

@@ -97,7 +97,7 @@ class Probe(Hook):
         self.loaders = loaders
 
     def on_start(self, run):
-        fit, test = (len(loader.dataset.dataset.images) for loader in self.loaders)
+        fit, test = (len(loader.images) for loader in self.loaders)
         gigabytes = (fit + test) * run.model.encoder.dims[-1] * 4 / 2**30
         log(f"probe: fits on {fit} images, tests on {test}; features of {gigabytes:.2g} GiB, on the main rank")
 

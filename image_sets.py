@@ -12,7 +12,7 @@ import numpy as np
 
 import sources
 import utils
-from images import COLOR_MODES, decode, open_array, open_image, try_open
+from images import decode, open_array, open_image, try_open
 from index import open_index
 from tables import read_arrays
 from utils import UserError
@@ -124,19 +124,6 @@ class ImageArrays:
         return open_array(self.arrays[index], self.in_chans)
 
 
-class ArrayFile(ImageArrays):
-    """The images of an .npy or .npz file or of MNIST's files, whose labels are numbers, see `tables.read_arrays`."""
-
-    def __init__(self, source, in_chans, class_names=None):
-        arrays, labels = read_arrays(source)
-        self.is_labelled = labels is not None
-        numbers, targets = np.unique(labels if self.is_labelled else np.zeros(len(arrays), int), return_inverse=True)
-        found = list(map(str, numbers))
-        class_names = found if class_names is None else class_names
-        targets = number_classes(source, found, class_names)[targets]
-        super().__init__(arrays, source, targets, class_names, in_chans)
-
-
 class Digits(ImageArrays):
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which need no download. A fixed fifth is held out."""
 
@@ -158,18 +145,31 @@ class Digits(ImageArrays):
 CIFARS = {"CIFAR": (100, "cifar-100-python"), "CIFAR10": (10, "cifar-10-batches-py")}
 
 
-class Cifar(ImageArrays):
+def load_cifar(num_classes, folder, train, in_chans):
     """CIFAR-10 or CIFAR-100 in a folder, downloaded into it if missing. Raises UserError if that fails."""
+    from torchvision import datasets as torchvision_datasets
 
-    def __init__(self, num_classes, folder, train, in_chans):
-        from torchvision import datasets as torchvision_datasets
+    try:
+        data = getattr(torchvision_datasets, f"CIFAR{num_classes}")(folder, train=train, download=True)
+    except Exception as error:  # of the network, the disk or the archive
+        problem = f"CIFAR{num_classes} is not there and cannot be downloaded: {error}"
+        raise UserError(f"--data_path {folder}: {problem}") from None
+    return ImageArrays(data.data, folder, data.targets, data.classes, in_chans)
 
-        try:
-            data = getattr(torchvision_datasets, f"CIFAR{num_classes}")(folder, train=train, download=True)
-        except Exception as error:  # of the network, the disk or the archive
-            problem = f"CIFAR{num_classes} is not there and cannot be downloaded: {error}"
-            raise UserError(f"--data_path {folder}: {problem}") from None
-        super().__init__(data.data, folder, data.targets, data.classes, in_chans)
+
+def load_arrays(source, in_chans, labels_of, class_names=None):
+    """The images of an .npy or .npz file or of MNIST's, see `tables.read_arrays`, in the order of class folders.
+
+    labels_of: the flag whose files need labels; None: any. Raises UserError if they lack them.
+    """
+    arrays, labels = read_arrays(source)
+    if labels is None and labels_of:
+        raise UserError(f"{labels_of} {source}: has no labels; give them as NAME_labels.npy, or in an .npz file")
+    numbers, targets = np.unique(np.zeros(len(arrays), int) if labels is None else labels, return_inverse=True)
+    found = list(map(str, numbers))
+    class_names = found if class_names is None else class_names
+    images = ImageArrays(arrays, source, number_classes(source, found, class_names)[targets], class_names, in_chans)
+    return Subset(images, np.argsort(images.targets, kind="stable"))
 
 
 class Subset:
@@ -200,7 +200,9 @@ def rank_in_class(targets, order):
 
 
 def first_of_each_class(images, count):
-    """The `Subset` of the first `count` images of each class."""
+    """The `Subset` of the first `count` images of each class; 0: all images."""
+    if not count:
+        return images
     ranks = rank_in_class(images.targets, np.arange(len(images)))
     return Subset(images, np.flatnonzero(ranks < count))
 
@@ -231,7 +233,7 @@ def build_images(
         return Digits(split == "train", in_chans)
     for name, (num_classes, folder) in CIFARS.items():
         if data_set == name or data_set not in CIFARS and (Path(path) / folder).is_dir():
-            return Cifar(num_classes, path, split == "train", in_chans)
+            return load_cifar(num_classes, path, split == "train", in_chans)
     accepted = "a folder with a folder of images for each class" if labelled else "a folder of images"
     try:
         source = sources.find_source(path, split, needed=data_set == "IMNET" or split == "val")
@@ -243,10 +245,7 @@ def build_images(
             others = "--eval_data_path FOLDER, --val_fraction 0.1 (of the training images), or --disable_eval"
         raise UserError(f"{flag} {path}: {problem}{subfolder}; give {accepted}, or {others}") from None
     if source.kind == "array":
-        images = ArrayFile(source, in_chans, class_names)
-        if labelled and not images.is_labelled:
-            raise UserError(f"{flag} {source}: has no labels; give them as NAME_labels.npy, or in an .npz file")
-        images = Subset(images, np.argsort(images.targets, kind="stable"))  # in the order of folders
+        images = load_arrays(source, in_chans, flag if labelled else None, class_names)
     elif labelled:
         images = ClassFolders(source, in_chans, class_names, options)
     else:
@@ -260,9 +259,3 @@ def build_images(
             return images
         errors.append(error)
     raise UserError(f"{flag} {source}: none of the first {len(errors)} images can be read: {errors[0]}")
-
-
-def check_color_mode(in_chans, data_set):
-    """Raise UserError unless Pillow images, such as those of this data set, can have so many channels."""
-    if in_chans not in COLOR_MODES:
-        raise UserError(f"--in_chans {in_chans}: must be one of {list(COLOR_MODES)} for {data_set}")

@@ -18,6 +18,11 @@ from models.files import find_statistics
 from sources import find_formats, in_one_line
 from utils import format_count
 
+try:
+    import simplejpeg
+except ImportError:  # Pillow decodes all JPEGs then
+    simplejpeg = None
+
 for name in ("PIL", "tifffile"):  # print lines without the file's name; what matters they raise
     logging.getLogger(name).setLevel(logging.CRITICAL)
 COLOR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
@@ -103,8 +108,12 @@ def open_array(array, in_chans):
     return contextlib.nullcontext(torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1))
 
 
+opening = torch.tensor(-1)  # the image opened last: a loader worker shares it, so that one that stalls can be named
+
+
 def try_open(images, index, read):
     """(read(opened image), None), or (None, "name (error)"), in one line, of an image that cannot be read."""
+    opening.fill_(index)
     try:
         with images.open(index) as image:
             return read(image), None
@@ -229,7 +238,6 @@ def decode_fast(image, in_chans, shrink=1, pixel_range=None):
 
 def decode_jpeg(image, shrink=1):
     """A JPEG that Pillow opened, as uint8 (C, H, W), not turned: Pillow's pixels; None where only Pillow can."""
-    simplejpeg = import_simplejpeg()
     if simplejpeg is None:
         return None
     image.fp.seek(0)
@@ -240,16 +248,6 @@ def decode_jpeg(image, shrink=1):
     except ValueError:  # Pillow may succeed, or else says what is wrong
         return None
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-@functools.cache
-def import_simplejpeg():
-    """The package, or None where it is not installed."""
-    try:
-        import simplejpeg
-    except ImportError:
-        return None
-    return simplejpeg
 
 
 def to_tensor(image):

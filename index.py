@@ -258,18 +258,14 @@ def keep_index(index, places):
             with tempfile.TemporaryDirectory(dir=place.parent, prefix=".new-") as temporary:
                 os.chmod(temporary, 0o755)
                 for name, column in index.columns.items():
-                    write_file(f"{temporary}/{name}.npy", lambda file, column=column: np.save(file, column))
-                write_file(f"{temporary}/meta.json", lambda file: file.write(json.dumps(index.meta).encode()))
+                    np.save(f"{temporary}/{name}.npy", column)
+                Path(temporary, "meta.json").write_text(json.dumps(index.meta))
+                for path in Path(temporary).iterdir():
+                    with open(path) as file:
+                        os.fsync(file.fileno())
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(temporary, final)
             return Index(index.source, index.options, index.meta, folder=final)
         except OSError as error:
             log(f"the index is not kept in {place.parent}: {error.strerror or error}")
     return index
-
-
-def write_file(path, write):
-    with open(path, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-import datasets
+import images
 import utils
 from datasets import Batch, EvalDataset, LabelledBatch, PretrainDataset
 from flags import Switch, at_least
@@ -55,7 +55,7 @@ class EpochSampler(torch.utils.data.Sampler):
     ):  # fmt: skip
         self.num_samples, self.batch_size, self.update_freq, self.seed = num_samples, batch_size, update_freq, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
-        self.shuffle, self.order = shuffle, ORDERS[shuffle]
+        self.order, self.permute = ORDERS[shuffle], permute if shuffle == "full" else permute_blocks
         self.prefetch = prefetch if shuffle == "blocks" else None
         self.steps_per_epoch = num_samples // (batch_size * update_freq * world_size)
         self.set_position(0, 0)
@@ -76,8 +76,9 @@ class EpochSampler(torch.utils.data.Sampler):
 
     def batch_keys(self, epoch, batch):
         """The keys of this rank's batch of that number, counted from the start of the epoch."""
-        indices = self.batch_indices(epoch, batch)
-        return [(epoch, index, repeat) for index in indices for repeat in range(self.repeats)]
+        key, start = self.position(epoch, batch, self.rank)
+        indices = self.permute(np.arange(start, start + self.batch_size // self.repeats), self.num_samples, *key)
+        return [(epoch, index, repeat) for index in indices.tolist() for repeat in range(self.repeats)]
 
     def position(self, epoch, batch, rank):
         """(key of the order, place in it) of the first image of a rank's batch; `repeats` epochs share an order."""
@@ -87,10 +88,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
     def batch_indices(self, epoch, batch):
         """The images of that batch."""
-        key, start = self.position(epoch, batch, self.rank)
-        permutation = permute if self.shuffle == "full" else permute_blocks
-        positions = np.arange(start, start + self.batch_size // self.repeats)
-        return permutation(positions, self.num_samples, *key).tolist()
+        return [index for _, index, _ in self.batch_keys(epoch, batch)[:: self.repeats]]
 
     def prefetch_blocks(self, epoch, batch, prefetched):
         """Prefetch the blocks up to a window after this batch but those `prefetched`; how many are done then."""
@@ -129,9 +127,6 @@ class BalancedSampler(EpochSampler):
             places[same] = permute(places[same], int(self.counts[cls]), self.seed, cls, number)
         indices = self.by_class[self.starts[classes] + places]
         return [(epoch, *key) for key in zip(indices.tolist(), rounds.tolist(), strict=True)]
-
-    def batch_indices(self, epoch, batch):
-        return [index for _, index, _ in self.batch_keys(epoch, batch)]
 
 
 def permute(positions, count, *key):
@@ -195,52 +190,18 @@ def build_train_loader(dataset, args, device, repeats=1):
             f"{count} images make no whole step of {args.batch_size * args.update_freq * world_size} "
             f"(--batch_size {args.batch_size} x --update_freq {args.update_freq} x {world_size} ranks)"
         )
-    return build_loader(dataset, sampler, args, device), sampler
+    return Loader(dataset, sampler, args, device), sampler
 
 
 def build_eval_loader(dataset, args, device, divided=True):
     """The loader of this rank's share of an evaluation set, no image twice; divided False: of all of it."""
     rank, world_size = (utils.get_rank(), utils.get_world_size()) if divided else (0, 1)
     indices = range(rank, len(dataset), world_size)
-    return build_loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
-
-
-class Collated(torch.utils.data.Dataset):
-    """Whole batches of a data set by their keys; a UserError is returned, as a worker would add its traceback to it."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.collate = (Batch if isinstance(dataset, PretrainDataset) else LabelledBatch).collate
-
-    def __getitems__(self, keys):
-        try:
-            if hasattr(self.dataset, "__getitems__"):
-                return self.collate(self.dataset.__getitems__(keys))
-            return self.collate([self.dataset[key] for key in keys])
-        except UserError as error:
-            return error
-
-
-def build_loader(dataset, batch_sampler, args, device):
-    """The `Loader` of a data set by the flags of `add_loader_args`, of which tools may lack --data_timeout."""
-    workers = min(args.num_workers, len(os.sched_getaffinity(0)))
-    opening = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
-    return Loader(
-        dataset,
-        opening,
-        batch_sampler=batch_sampler,
-        collate_fn=return_it,
-        num_workers=workers,
-        pin_memory=args.pin_mem and torch.device(device).type == "cuda",
-        timeout=getattr(args, "data_timeout", 0) if workers else 0,
-        persistent_workers=workers > 0,
-        worker_init_fn=functools.partial(init_worker, opening),
-        generator=torch.Generator(),  # else each epoch would draw from the global one
-    )
+    return Loader(dataset, torch.utils.data.BatchSampler(indices, args.batch_size, False), args, device)
 
 
 class Loader(torch.utils.data.DataLoader):
-    """Batches of a data set. opening: (workers,) int64, shared: the image that each worker has opened last.
+    """Batches of a data set by the flags of `add_loader_args`, of which tools may lack --data_timeout.
 
     Raises UserError for more than the data set's max_bad_images unreadable ones of an evaluation, and what the data set
     raises; TrainingError if no batch comes within --data_timeout seconds.
@@ -248,10 +209,22 @@ class Loader(torch.utils.data.DataLoader):
 
     waiting_since = None  # of the loader, if any, that the process waits for: `time.monotonic()`
 
-    def __init__(self, dataset, opening, **options):
-        self.images, self.opening = dataset.images, opening
+    def __init__(self, dataset, batch_sampler, args, device):
+        workers = min(args.num_workers, len(os.sched_getaffinity(0)))
+        self.images = dataset.images
+        self.opening = torch.full((workers,), -1).share_memory_()  # the image that each worker has opened last
         self.max_bad_images = dataset.max_bad_images if isinstance(dataset, EvalDataset) else math.inf
-        super().__init__(Collated(dataset), **options)
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=functools.partial(collate, Batch if isinstance(dataset, PretrainDataset) else LabelledBatch),
+            num_workers=workers,
+            pin_memory=args.pin_mem and torch.device(device).type == "cuda",
+            timeout=getattr(args, "data_timeout", 0) if workers else 0,
+            persistent_workers=workers > 0,
+            worker_init_fn=functools.partial(init_worker, self.opening),
+            generator=torch.Generator(),  # else each epoch would draw from the global one
+        )
 
     def __iter__(self):
         batches, unreadable = super().__iter__(), []
@@ -278,12 +251,12 @@ class Loader(torch.utils.data.DataLoader):
             yield batch
 
 
-def return_it(batch):
-    return batch
+def collate(kind, samples):
+    return samples if isinstance(samples, UserError) else kind.collate(samples)
 
 
 def init_worker(noted, worker):
     """In a worker: note what it opens; ignore stop signals, as the main process needs it until it has saved."""
-    datasets.opening = noted, worker
+    images.opening = noted[worker]
     for signum in utils.STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -7,7 +7,7 @@ import torch
 
 import flags
 import utils
-from flags import above, at_least, fraction_above_0, fraction_below_1
+from flags import above_0, at_least, fraction_above_0, fraction_below_1
 from utils import UserError
 
 # ---------------------------------------------------------------- schedule
@@ -29,10 +29,10 @@ def add_schedule_args(parser, epochs, warmup_epochs, blr, min_lr):
     add("--decay_epochs", default=30, type=at_least(1), help="--sched step: epochs between two decays")
     add("--decay_milestones", type=at_least(0), nargs="+", help="--sched multistep: epochs at which it decays")
     add("--decay_rate", default=0.1, type=fraction_above_0, help="--sched step, multistep: factor at each decay")
-    add("--poly_power", default=0.9, type=above(0), help="--sched poly: the power; 1 is linear")
+    add("--poly_power", default=0.9, type=above_0, help="--sched poly: the power; 1 is linear")
     add("--weight_decay", default=0.05, type=at_least(0.0), help="none on norms, biases, GRN and mask token")
     add("--weight_decay_end", type=at_least(0.0), help="weight decay at the end of a cosine; None: constant")
-    add("--clip_grad", type=above(0), help="maximum norm of the gradients; None: no clipping")
+    add("--clip_grad", type=above_0, help="maximum norm of the gradients; None: no clipping")
     add("--seed", default=0, type=seed, help="seed of the weights and of every random draw")
     add("--start_epoch", default=0, type=at_least(0), help="first epoch, from 0, of a new run")
 

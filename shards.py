@@ -69,8 +69,7 @@ class Listing:
                 if seconds > self.next_line:
                     self.next_line = seconds + 10
                     rate, left = self.images / seconds, seconds * (total - self.done) / self.done
-                    progress = f"{self.images:,} images, {rate:,.0f} images/s, about {left:.0f} s left"
-                    log(f"listing {self.source}: {progress}")
+                    log(f"listing {self.source}: {self.images:,} images, {rate:,.0f} images/s, about {left:.0f} s left")
                 yield result
 
 

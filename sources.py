@@ -35,6 +35,25 @@ class Options(NamedTuple):
 DEFAULTS = Options()
 
 
+def options_of(args):
+    return Options(**{name: value for name, value in vars(args).items() if name in Options._fields})
+
+
+def add_source_args(add):
+    """The flags of how a source of images is read."""
+    columns = {
+        "path": "paths of images in a CSV or TSV list",
+        "image": "images in a Parquet or Arrow table",
+        "label": "labels, several titles joined by commas; and key of the class in webdataset's .json",
+        "split": "splits: train or val",
+    }
+    for name, content in columns.items():
+        default = getattr(DEFAULTS, f"{name}_column")
+        add(f"--{name}_column", default=default, metavar="NAME", help=f"column of {content}")
+    kept = "where the index of a large data set is kept; None: beside the data, else in ~/.cache"
+    add("--index_dir", metavar="FOLDER", help=kept)
+
+
 @functools.cache
 def find_formats():
     """The names of the formats that Pillow decodes within this process, in the order in which it tries them."""

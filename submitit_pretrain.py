@@ -18,7 +18,7 @@ import flags
 import utils  # isort: skip  (before torch)
 import checkpoints
 import main_pretrain
-from flags import Switch, above, at_least
+from flags import Switch, above_0, at_least
 from utils import UserError
 
 
@@ -37,7 +37,7 @@ def parse_args(script, description):
     add("--constraint", help="features that the nodes must have")
     add("--account", help="account to charge")
     add("--qos", help="quality of service")
-    add("--mem_gb", type=above(0), help="GB of memory per node; None: 40 for each GPU")
+    add("--mem_gb", type=above_0, help="GB of memory per node; None: 40 for each GPU")
     add("--cpus_per_task", default=10, type=at_least(1), help="cores per rank, its loader workers' included")
     clusters = ("slurm", "local", "debug")
     where = "local: in the background of this machine; debug: one process, in the foreground"

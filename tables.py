@@ -103,8 +103,7 @@ class CsvTable:
         place = self.titles.index(column)
         for number, row in enumerate(self.rows, 1):
             if len(row) <= place:
-                columns = f"{len(row)} of {len(self.titles)} columns"
-                raise UserError(f"{self.path}: image {number} of the list has {columns}")
+                raise UserError(f"{self.path}: image {number} of the list has {len(row)} of {len(self.titles)} columns")
         return [row[place] for row in self.rows]
 
     read_names = read

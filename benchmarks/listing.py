@@ -35,21 +35,16 @@ def write_files(folder, count):
     """So many small JPEGs in class folders, and the same in one tar file a class, as far as they are not there."""
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "JPEG")
-    data = file.getvalue()
     (folder / "tars").mkdir(parents=True, exist_ok=True)
-    for number in range(CLASSES):
-        names = [f"n{number:08}_{37 * image}.JPEG" for image in range(count // CLASSES)]
-        if not (folder / "files" / f"n{number:08}").exists():
-            (folder / "files" / f"n{number:08}").mkdir(parents=True)
-            for name in names:
-                (folder / "files" / f"n{number:08}" / name).write_bytes(data)
-        if not (folder / "tars" / f"n{number:08}.tar").exists():
-            members, padding = [], bytes(-len(data) % 512)
-            for name in names:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                members += [info.tobuf(tarfile.USTAR_FORMAT), data, padding]
-            (folder / "tars" / f"n{number:08}.tar").write_bytes(b"".join([*members, bytes(1024)]))
+    for name in (f"n{number:08}" for number in range(CLASSES)):
+        images, archive = folder / "files" / name, folder / "tars" / f"{name}.tar"
+        if not images.exists():
+            images.mkdir(parents=True)
+            for number in range(count // CLASSES):
+                (images / f"{name}_{37 * number}.JPEG").write_bytes(file.getvalue())
+        if not archive.exists():
+            with tarfile.open(archive, "w", format=tarfile.USTAR_FORMAT) as tar:
+                tar.add(images, arcname="")
 
 
 def own_memory():
@@ -99,7 +94,7 @@ def repeat_index(path, count):
 def take_batches(count, shuffle):
     """The keys of 1,000 batches of 128 from the middle of an epoch."""
     sampler = EpochSampler(count, 128, 1, 0, shuffle=shuffle)
-    sampler.set_position(3, sampler.steps_per_epoch - 1000)
+    sampler.set_position(3, max(sampler.steps_per_epoch - 1000, 0))
     return sum(map(len, sampler))
 
 
@@ -119,17 +114,11 @@ def count_seeks(count, shuffle):
     return seeks
 
 
-def read_in_workers(path):
-    """MiB of its own that a loader worker gains while it opens 20,000 images in random order, and its descriptors."""
-    images = ImageFolder(sources.find_source(path, "", False), 3)
-    order = np.random.default_rng(0).integers(0, len(images), 20_000)
-
-    def work():
-        for number in order:
-            images.index.read(int(number))
-        return len(os.listdir("/proc/self/fd"))
-
-    return measure(work)
+def read_images(images, order):
+    """Read images in this order, as a loader worker does: how many descriptors are open then."""
+    for number in order:
+        images.index.read(int(number))
+    return len(os.listdir("/proc/self/fd"))
 
 
 def main():
@@ -149,7 +138,9 @@ def main():
             for what, keep in (("list", True), ("start", False)):
                 figures, count = measure(start, path, keep)
                 print(f"{kind}: {what} {count:,} images: {figures}", flush=True)
-            figures, descriptors = read_in_workers(path)
+            images = ImageFolder(sources.find_source(path, "", False), 3)
+            order = np.random.default_rng(0).integers(0, len(images), 20_000)
+            figures, descriptors = measure(read_images, images, order)
             print(f"{kind}: 20,000 reads: {figures}, {descriptors} descriptors", flush=True)
             measure(repeat_index, path, args.repeated)
             figures, count = measure(start, path)

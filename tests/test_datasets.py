@@ -20,6 +20,7 @@ import augmentations
 import datasets
 import engine_finetune
 import engine_pretrain
+import images
 import loaders
 import utils
 from datasets import Batch, LabelledBatch, PretrainDataset, TrainDataset
@@ -147,11 +148,12 @@ def test_workers_do_not_change_batches(image_folder, workers):
 
 def test_workers_ignore_the_signals_of_a_scheduler():
     handlers = {signum: signal.getsignal(signum) for signum in utils.STOP_SIGNALS}
-    loaders.init_worker(None, 0)
+    noted, images.opening = images.opening, None
+    loaders.init_worker([noted], 0)
     assert all(signal.getsignal(signum) == signal.SIG_IGN for signum in handlers)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    datasets.opening = None
+    assert images.opening is noted
 
 
 # ---------------------------------------------------------------- order
@@ -368,7 +370,7 @@ def test_the_classes_must_be_those_of_the_model(labelled_folder):
 
 @pytest.mark.parametrize("images_per_class, count", [(0, 22), (2, 6)])
 def test_the_sets_of_a_probe(labelled_folder, images_per_class, count):
-    args = argparse.Namespace(in_chans=3, input_size=(32, 64))
+    args = argparse.Namespace(in_chans=3, input_size=(32, 64), max_bad_images=9)
     train, val = datasets.build_probe_sets(args, str(labelled_folder), images_per_class)
     assert len(train) == count and len(val) == 7 and train[0][0].shape == (3, 32, 64)
     train, val = datasets.build_probe_sets(args, "DIGITS", images_per_class)

@@ -128,7 +128,7 @@ def test_a_probe_can_be_given_up(accuracy, batches):
 
 def test_a_probe_that_takes_too_long_is_left_out_with_a_line(labelled_folder, capsys):
     """The other ranks wait for it, and would be taken for dead."""
-    args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False)
+    args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False, max_bad_images=9)
     sets = datasets.build_probe_sets(args, str(labelled_folder))
     loaders = [build_eval_loader(dataset, args, CPU) for dataset in sets]
     accuracies, counts, _ = evaluation.probe(lambda imgs: imgs, loaders, CPU, contextlib.nullcontext, max_seconds=-1)
@@ -143,7 +143,7 @@ def test_features_are_pooled_from_whole_images_in_the_order_of_the_set(labelled_
     small = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
     fcmae = randomise(FCMAE(32, patch_size=8, decoder_embed_dim=16, **small)).eval()
     dense, _ = convnextv2.from_checkpoint({"model": fcmae.state_dict()})
-    args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False)
+    args = Namespace(in_chans=3, input_size=(32, 32), batch_size=4, num_workers=0, pin_mem=False, max_bad_images=9)
     sets = datasets.build_probe_sets(args, str(labelled_folder))
     loaders = [build_eval_loader(dataset, args, CPU) for dataset in sets]
     measured = []

@@ -424,7 +424,9 @@ def test_probe_prints_the_same_on_one_and_on_two_processes(tool, pretrained, lab
     path, model = pretrained
     flags = ["--data_path", labelled_folder, "--batch_size", 3, "--num_workers", 0, "--device", "cpu"]
     out = tool("probe", "--checkpoint", path, *flags).out
-    args = argparse.Namespace(in_chans=3, input_size=(32, 32), batch_size=64, num_workers=0, pin_mem=False)
+    args = argparse.Namespace(
+        in_chans=3, input_size=(32, 32), batch_size=64, num_workers=0, pin_mem=False, max_bad_images=9
+    )
     cpu = torch.device("cpu")
     sets = datasets.build_probe_sets(args, str(labelled_folder))
     batches = [build_eval_loader(dataset, args, cpu) for dataset in sets]

@@ -4,7 +4,6 @@ python -m tools.index IMAGENET              # its train/ and val/, if it has the
 python -m tools.index SHARDS --index_dir /shared/indexes
 """
 
-import datasets
 import flags
 import sources
 from index import open_index
@@ -14,7 +13,7 @@ from utils import UserError, log
 def get_args_parser():
     parser = flags.FlagParser(add_help=False)
     parser.add_argument("data_path", metavar="PATH", help="as --data_path of a training")
-    datasets.add_source_args(parser.add_argument)
+    sources.add_source_args(parser.add_argument)
     return parser
 
 
@@ -25,12 +24,12 @@ def main(args):
             source = sources.find_source(args.data_path, split, False)
             if source in done or source.kind == "array":
                 continue
-            index = open_index(source, datasets.source_options(args), keep=True)
+            index = open_index(source, sources.options_of(args), keep=True)
         except (OSError, UserError) as error:
             if split == "val" and done:  # a source may have one split
                 continue
-            reason = "no such folder, archive, list or table" if isinstance(error, OSError) else ""
-            raise UserError(": ".join(filter(None, ("PATH", str(error), reason)))) from None
+            reason = ": no such folder, archive, list or table" if isinstance(error, OSError) else ""
+            raise UserError(f"PATH: {error}{reason}") from None
         if not len(index):
             raise UserError(f"PATH {source}: no image there")
         done.add(source)

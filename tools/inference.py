@@ -11,7 +11,7 @@ import flags
 import utils
 from image_sets import find_files
 from images import normalize, open_image, try_open
-from loaders import build_loader
+from loaders import Loader
 from sources import in_one_line
 from tools.common import Seen, add_input_size_arg, add_model_key_arg, choose_input_size, find_seen, load_network
 from utils import UserError
@@ -53,7 +53,7 @@ class ImageFiles:
 class FileDataset(datasets.EvalDataset):
     """As `EvalDataset`, without classes: an unreadable file is (None, None, None, [(index, error)])."""
 
-    def __getitem__(self, index):
+    def load(self, index):
         image, error = try_open(self.images, index, self.transform)
         if error is not None:
             return None, None, None, [(index, error.removeprefix(in_one_line(self.images.name(index)))[2:-1])]
@@ -82,7 +82,7 @@ class Inference(NamedTuple):
         rows are on the CPU, and empty if no image of the batch can be read.
         """
         sampler = torch.utils.data.BatchSampler(indices, self.args.batch_size, False)
-        for batch in build_loader(dataset, sampler, self.args.replace(pin_mem=True), self.device):
+        for batch in Loader(dataset, sampler, self.args.replace(pin_mem=True), self.device):
             rows = ()
             if len(batch.imgs):
                 imgs = batch.imgs.to(self.device, non_blocking=True)

@@ -15,6 +15,7 @@ import torch
 import datasets
 import flags
 import loaders
+import sources
 import tasks
 from image_sets import build_images
 from images import decode_fast, to_tensor
@@ -29,7 +30,7 @@ def get_args_parser():
     add("--data_path", metavar="PATH", help="as of a training; its train/ if it has one")
     add("--in_chans", default=3, type=flags.at_least(1, 1024), help="channels of the images, as of a training")
     datasets.add_pixel_range_arg(add)
-    datasets.add_source_args(add)
+    sources.add_source_args(add)
     add("--val_fraction", default=0.0, type=flags.fraction_below_1, help="fraction of each class that is not measured")
     loss = "as of a training: by it, --val_fraction is of each class or of all images"
     add("--loss", default="ce", choices=tasks.find_losses(), help=loss)
@@ -42,8 +43,8 @@ def get_args_parser():
 def build_measured_images(args):
     if args.val_fraction:
         return datasets.build_labelled_images(True, args.replace(eval_data_path=None, images_per_class=0))
-    options = datasets.source_options(args)
-    return build_images(args.data_set, args.data_path, "train", args.in_chans, labelled=False, options=options)
+    source = args.data_set, args.data_path, "train", args.in_chans
+    return build_images(*source, labelled=False, options=sources.options_of(args))
 
 
 def measure_image(image, args):
