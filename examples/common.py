@@ -51,7 +51,7 @@ def build_encoder(args):
 
 
 class Scales(nn.Module):
-    """Images (N, 3, H, W) -> {"1": (N, C, h, w), ..., "4": ...}, the encoder's four scales.
+    """Images (N, 3, H, W) -> {"0": (N, C, h, w), ..., "3": ...}, the encoder's four scales, as torchvision names them.
 
     Each has a norm of its own, as ConvNeXt's detectors have.
     """
@@ -62,7 +62,7 @@ class Scales(nn.Module):
         self.norms = nn.ModuleList(LayerNorm(dim, data_format="channels_first") for dim in encoder.dims)
 
     def forward(self, imgs):
-        maps = zip("1234", self.norms, self.encoder.feature_maps(imgs), strict=True)
+        maps = zip("0123", self.norms, self.encoder.feature_maps(imgs), strict=True)
         return {scale: norm(x) for scale, norm, x in maps}
 
 

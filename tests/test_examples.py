@@ -61,6 +61,17 @@ def test_boxes_and_masks_of_scenes_agree(data):
         assert torch.equal(by_hand, classes)
 
 
+def test_a_detector_looks_at_all_four_scales_of_the_encoder():
+    """torchvision's heads leave out scales of other names, without a word."""
+    args = FlagParser(parents=[detection.get_args_parser()]).parse_args(
+        ["--data_path", "", "--masks", "--device", "cpu"]
+    )
+    model = detection.build_model(args, 11).eval()
+    model([torch.rand(3, 128, 128)])
+    for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
 def test_a_perfect_detector_has_an_ap_of_100_and_one_that_misses_half_less(data):
     coco = detection.CocoFolder(data / "val", masks=False)
     results = [a | {"score": 1.0} for annotations in coco.coco.imgToAnns.values() for a in annotations]
