@@ -441,7 +441,7 @@ def test_of_two_jobs_one_lists_and_the_other_waits(folder, monkeypatch):
 
 def test_all_ranks_must_have_the_same_images(labelled_folder, folder, monkeypatch):
     def gather(value):
-        return [value, other] if isinstance(value[0], int) else [value]
+        return [value, other] if value and isinstance(value[0], int) else [value]
 
     monkeypatch.setattr(utils, "all_gather", gather)
     found = ClassFolders(folder, 3)
