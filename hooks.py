@@ -108,9 +108,11 @@ class Probe(Hook):
     def on_evaluate(self, run):
         if not run.is_due(run.args.probe_freq):
             return
-        if result := self.measure(run):  # else a signal interrupted it
+        if result := self.measure(run):
             run.metrics |= result[0]
             run.add_unreadable(result[2])
+        else:
+            run.interrupted = True
 
     def measure(self, run):
         run.model.eval()
@@ -319,27 +321,33 @@ class Profiler(Hook):
     def __init__(self, steps, folder):
         self.first, self.end = steps
         self.path = Path(folder) / f"profile-{self.first}-{self.end}.pt.trace.json.gz"
-        self.done = 0
+        self.done, self.profile = 0, None
 
     def on_start(self, run):
-        self.timer = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
-        warmup = min(self.first, 1)
-        schedule = torch.profiler.schedule(
-            wait=self.first - warmup, warmup=warmup, active=self.end - self.first, repeat=1
-        )
-        self.profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self.write, record_shapes=True)
-        self.profile.start()
+        self.on_gpu = run.device.type == "cuda"
+        self.start_or_stop()
 
     def on_step(self, run):
         self.done += 1
-        self.profile.step()
+        self.start_or_stop()
 
-    def write(self, profile):
+    def start_or_stop(self):
+        if self.done == self.first:
+            self.profile = torch.profiler.profile(record_shapes=True)
+            self.profile.start()
+        elif self.done == self.end:
+            self.write()
+
+    def write(self):
+        profile, self.profile = self.profile, None
+        profile.stop()
         profile.export_chrome_trace(str(self.path))
-        log(f"steps {self.first} to {self.done - 1}, traced in {self.path}: time by operation")
-        log(profile.key_averages().table(sort_by=self.timer, row_limit=10, max_name_column_width=40))
+        log(f"steps {self.first} to {min(self.done, self.end) - 1}, traced in {self.path}: time by operation")
+        timer = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
+        log(profile.key_averages().table(sort_by=timer, row_limit=10, max_name_column_width=40))
 
     def on_end(self, run):
-        self.profile.stop()
-        if self.done < self.first:
+        if self.profile is not None:
+            self.write()
+        elif self.done < self.first:
             log(f"--profile_steps {self.first}:{self.end}: nothing traced, there were {self.done} steps")

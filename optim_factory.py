@@ -253,7 +253,9 @@ def load_moments(optimizer, state):
     """
     names = "lr weight_decay decays lr_scale betas eps momentum fused foreach capturable maximize amsgrad".split()
     hyperparameters = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
-    if not all(isinstance(values, dict) for values in state["state"].values()):
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    is_whole = all(type(number) is int for number in numbers) and len(set(numbers)) == len(numbers)
+    if not (is_whole and all(n in numbers and isinstance(values, dict) for n, values in state["state"].items())):
         raise ValueError("the optimizer's state is damaged")
     optimizer.load_state_dict(state)
     for group, current in zip(optimizer.param_groups, hyperparameters, strict=True):

@@ -138,7 +138,8 @@ class StopOnSignal(Hook):
 
     def on_evaluate(self, run):
         """An evaluation that was interrupted leaves nothing: it starts anew when the run resumes."""
-        self.stop_if_requested(run, step=run.step)
+        if run.interrupted:
+            self.stop_if_requested(run, step=run.step)
 
     def on_epoch_end(self, run):
         self.stop_if_requested(run)
@@ -187,7 +188,7 @@ def saving_hooks(args):
 FLAGS_WITHOUT_EFFECT = frozenset(
     "output_dir log_dir resume auto_resume save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num print_freq "
     "profile_steps picture_freq num_workers pin_mem world_size local_rank dist_on_itp dist_url dist_timeout finetune "
-    "model_key model_prefix job_dir".split()
+    "model_key model_prefix job_dir sample_order".split()  # the last is of --shuffle
 )
 
 

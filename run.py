@@ -111,6 +111,7 @@ class Run:
     def start_epoch(self, epoch):
         self.epoch, self.step = epoch, 0  # optimizer steps done in this epoch
         self.metrics = {}  # numbers of this epoch, by their names in log.txt
+        self.interrupted = False  # whether a signal interrupted its evaluation or probe
         self.epoch_means, self.epoch_images, self.epoch_seconds = Means(), 0, 0.0  # up to the last log line
 
     # ---- within an epoch
@@ -178,6 +179,7 @@ class Run:
 
     def add_evaluations(self, evaluations):
         """Keep the evaluations of an epoch, by suffix ("", "_ema"); None is one that a signal interrupted."""
+        self.interrupted = None in evaluations.values()
         self.evaluations = {suffix: evaluation for suffix, evaluation in evaluations.items() if evaluation is not None}
         for suffix, evaluation in self.evaluations.items():
             self.metrics |= {f"test_{name}{suffix}": value for name, value in evaluation.metrics().items()}

@@ -144,6 +144,21 @@ def test_a_signal_within_an_evaluation_gives_it_up(labelled_folder, finetune, tm
     assert log_lines(folder) == log_lines(tmp_path / "whole")
 
 
+def test_an_evaluation_that_ends_after_a_signal_counts(labelled_folder, finetune, tmp_path, monkeypatch):
+    evaluate = main_finetune.evaluate
+
+    def finished(*args):
+        evaluation = evaluate(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation
+
+    monkeypatch.setattr(main_finetune, "evaluate", finished)
+    flags = [*TINY, "--data_path", labelled_folder, "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 4]
+    result = finetune(*flags, "--output_dir", tmp_path)
+    assert result.status == 75 and result.out.count("evaluation:") == 1
+    assert (tmp_path / "checkpoint-0.pth").exists() and "test_acc1" in log_lines(tmp_path)[0]
+
+
 def test_a_signal_to_a_run_that_saves_nothing_says_so(small, pretrain, monkeypatch):
     monkeypatch.setattr(hooks.Console, "on_log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     result = pretrain(*small)

@@ -297,6 +297,20 @@ def test_moments_of_another_form_are_a_value_error(damage):
         load_moments(optimizer, state)
 
 
+@pytest.mark.parametrize("number", [0, 7, (1,)], ids=["twice", "of no group", "no number"])
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_moments_of_parameters_that_no_group_or_two_have_are_a_value_error(name, number):
+    model = small_classifier()
+    optimizer = create_optimizer(optimizer_args(name), model)
+    state = optimizer.state_dict()
+    if number == 7:
+        state["state"][1000] = {}
+    else:
+        state["param_groups"][-1]["params"][-1] = number
+    with pytest.raises(ValueError, match="the optimizer's state is damaged"):
+        load_moments(optimizer, state)
+
+
 def test_optimizer_flags_reach_the_optimizer():
     model = small_classifier()
     adamw = create_optimizer(optimizer_args("adamw", "--opt_betas 0.7 0.9"), model).param_groups
