@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from conftest import SMALL, TINY, Fork, assert_same_weights, finish, log_lines, weights
 from PIL import Image
+from tensorboard.summary.writer import event_file_writer
 
 import evaluation
 import hooks
@@ -395,7 +396,9 @@ def test_where_only_the_best_checkpoint_was_kept_the_run_resumes_from_it(observe
     assert (tmp_path / "log.txt").read_bytes() == (observed / "log.txt").read_bytes()
 
 
-def test_tensorboard_loses_no_scalar_to_a_full_disk(tmp_path):
+def test_tensorboard_loses_no_scalar_to_a_full_disk(tmp_path, monkeypatch):
+    # Files of the same second are read in the order of their names, where a process's tenth comes before its ninth
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     run = types.SimpleNamespace(evaluating=False, epochs_done=0.0, lap={"loss": 0.5}, lr=0.1)
     board = hooks.TensorBoard(tmp_path)
     board.on_start(run)
