@@ -80,7 +80,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message):
         """End with one line, on the main process, instead of the usage of a hundred flags."""
-        message = re.sub(r"^argument (--\w+)[^:]*: (?=.*(: must be | is neither ))", r"\1 ", message)
+        message = re.sub(r"^argument (--\w+)[^:]*: (?=.*: must be )", r"\1 ", message)
         self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n" if utils.is_main_process() else None)
 
 
@@ -129,7 +129,7 @@ def str2bool(text):
         return True
     if text.lower() in ("false", "f", "no", "n", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    raise argparse.ArgumentTypeError(f"{text}: must be true or false")
 
 
 class Switch(argparse.Action):

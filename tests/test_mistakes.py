@@ -57,7 +57,7 @@ def assert_one_clear_line(result, *words):
         ("--device cuda", ["--device cuda", "no CUDA GPU"]),
         ("--epoch 3", ["unrecognized arguments: --epoch 3"]),
         ("--epochs three", ["--epochs", "three"]),
-        ("--use_amp maybe", ["maybe", "neither true nor false"]),
+        ("--use_amp maybe", ["--use_amp maybe: must be true or false"]),
         ("--amp_dtype float8", ["float8", "bfloat16"]),
         ("--data_set IMAGENET", ["IMAGENET", "DIGITS"]),
         ("--resume /no/such.pth", ["/no/such.pth", "No such file"]),

@@ -259,10 +259,9 @@ def synchronizations(args):
 def resume(args):
     """Digits in bfloat16 and float16: finite, and the same bits after a SIGKILL at the first checkpoint?"""
     dtypes = ("bfloat16",) if args.dry else ("bfloat16", "float16")
+    train = functools.partial(train_and_kill, settings(args).device)
     with ThreadPoolExecutor() as pool:
-        return dict(
-            zip(dtypes, pool.map(functools.partial(train_and_kill, settings(args).device), dtypes), strict=True)
-        )
+        return dict(zip(dtypes, pool.map(train, dtypes), strict=True))
 
 
 def train_and_kill(device, dtype):
